@@ -6,25 +6,28 @@
 Read the functions from `profile` to `native_factors` beside Section 3 and Algorithm 1 of the paper.
 Shapes: W (m, n), S (n, n), I (m, n), U (m, k), sigma (k,), Vh (k, n), k rank.
 """
-import json
 import math
 import os
 import re
 import resource
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy
 import torch
-from safetensors.torch import load_file, save_file
 
+import fast
 from calibrate import (add_calibration_arguments, calibration_windows, choose, digest, embed, evaluation_windows,
                        forward_sweep)
 from eval_ppl import evaluate
-from influence import SIGNALS, backward_sweep, check_signal
-from model import (LAYERS, READS, Checkpoint, InputError, Writer, check_space, check_target, parser, pick_device,
-                   read_json, run, write_json)
+from influence import SIGNALS, backward_sweep, check_signal, start_gradient
+from large import Spill, add_up, divide, end_processes, from_first, gather, plan, processes, start_processes
+from model import (LAYERS, READS, Checkpoint, Folder, InputError, Writer, check_target, parser, pick_device, run,
+                   write_json)
+
+FAST_FROM = 1024        # from this width on, fast.py computes the same with less work; math.inf keeps to the lines below
 
 # ---------------------------------------------------------------------------------------------- the method
 def rank_at(rate, m, n):
@@ -41,10 +44,13 @@ def profile(gram):
     gram = gram.double()
     mean = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     # Not in the paper: the repair. Released code differs: it adds max(1.1·|λmin|, 1e-6·λmax, 1e-4), absolute in the last term.
+    info = torch.empty((), dtype=torch.int32, device=gram.device)
     for shift in (0.0, *(10.0 ** e for e in range(-9, 1))):
-        S, failed = torch.linalg.cholesky_ex(gram + shift * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+        S = gram.clone()
+        S.diagonal().add_(shift * mean)
+        torch.linalg.cholesky_ex(S, out=(S, info))                      # in place: S is as large as ΣXXᵀ
         # A pivot at the level of rounding is luck, not definiteness: S⁻¹ would amplify noise.
-        if not failed and S.diagonal().min() ** 2 > len(gram) * 2e-16 * mean:
+        if not info and S.diagonal().min() ** 2 > len(gram) * 2e-16 * mean:
             return S, shift
     raise RuntimeError("ΣXXᵀ is not finite")
 
@@ -67,6 +73,8 @@ def normalise(I, scale="mean"):
 
 def truncated_svd(W, k):
     """Eq. 3 by Eckart-Young: the best rank-k factors U (m, k), sigma (k,), Vh (k, n) of W (m, n) in Frobenius norm."""
+    if min(W.shape) >= FAST_FROM:
+        return fast.truncated_svd(W, k)
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
     return U[:, :k], sigma[:k], Vh[:k]
 
@@ -86,6 +94,8 @@ def als_sweep(Wp, P, U, sigma, Vh, ranks):
     a = σu, E_r = residual + a vᵀ turns Eq. 5 into v + (aᵀM) / ((a²)ᵀP) and Eq. 6 into a + (M'v) / (P v²), where M',
     the residual after the step in v, is M − P ⊙ a(v_new − v)ᵀ: no m×n matrix is formed between the two.
     """
+    if min(Wp.shape) >= FAST_FROM:
+        return fast.als_sweep(Wp, P, U, sigma, Vh, ranks)
     A, Vh, tiny = U * sigma, Vh.clone(), torch.finfo(Wp.dtype).tiny
     M = P * (Wp - A @ Vh)
     for r in ranks:
@@ -152,71 +162,61 @@ def asvd(W, mean_abs, k, alpha=0.5):
 
 
 # ---------------------------------------------------------------------------------------------- statistics, in order
-def stats_manifest(folder, facts):
-    """What a statistics folder holds, {kind: [blocks]}. Raises InputError when it belongs to another run's `facts`."""
-    path = Path(folder) / "stats.json"
-    if not path.exists():
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise InputError(f"cannot make the folder {folder} ({e.strerror}); give another --stats") from None
-        return {}
-    found = read_json(path)
-    if differ := [key for key in facts if found.get("facts", {}).get(key) != facts[key]]:
-        raise InputError(f"the statistics in {folder} were made with another {' and '.join(differ)}; give another --stats "
-                         "folder, or the same arguments as then")
-    return found["have"]
-
-
-def statistics(ckpt, windows, device, dtype, blocks, signal=None, folder=None):
+def statistics(ckpt, windows, device, dtype, blocks, signal=None, folder=None, spill=None):
     """Yield (l, stats) for every block in `blocks`: ΣXXᵀ, mean |x| and, for a backward signal, I, one block at a time.
 
-    With a backward signal the blocks come last to first, the Gram matrices from the forward recomputed there, so neither
-    kind of statistics has to wait for the other. With `folder`, each block's are kept in one safetensors file and read
-    back by a later run of the same checkpoint, text and dtype, whatever its rate, method, signal or δ.
+    With a backward signal the Gram matrices come from the forward recomputed in the backward sweep, so neither kind of
+    statistics has to wait for the other. With `folder`, they are kept there, with the gradient between two blocks, and a
+    later run of the same checkpoint, text and dtype goes on from them, whatever its rate, method, signal or δ. With
+    `spill`, block inputs go to that folder instead of memory. Several processes divide the windows.
     """
-    kinds = {"gram", signal} - {None}
-    file = lambda l: Path(folder) / f"block_{l:03}.safetensors"         # noqa: E731
-    if folder:
-        facts = {"checkpoint": ckpt.fingerprint(), "windows": digest(windows), "dtype": str(dtype)}
-        have = stats_manifest(folder, facts)
-        if all(set(blocks) <= set(have.get(each, ())) for each in kinds):
-            for l in blocks:
-                try:
-                    stored = load_file(file(l), device=str(device))
-                except Exception as e:
-                    raise InputError(f"{file(l)} cannot be read ({str(e)[:100]}); delete the folder and run again") from None
-                yield l, stored
-            return
-    h = embed(ckpt, windows, dtype)
-    if signal is None:
-        sweep = forward_sweep(ckpt, h, device, gram=True)
+    (rank, world), tokens, last = processes(), windows.numel(), ckpt.cfg.n_layers
+    facts = {"checkpoint": ckpt.fingerprint(), "windows": digest(windows), "dtype": str(dtype)} if folder or spill else {}
+    stored, kinds = Folder(folder, facts) if folder else None, [kind for kind in ("gram", signal) if kind]
+    have, windows = dict(stored.files) if folder else {}, windows[rank::world]
+    file, state = "block_{:03}.{}.safetensors".format, "gradient_{:03}.{}.safetensors".format
+    todo = [l for l in blocks if not all(file(l, kind) in have for kind in kinds)]
+    for l in blocks:
+        if l not in todo:
+            yield l, {key: x for kind in kinds for key, x in stored.load(file(l, kind), device).items()}
+    inputs = Spill(Path(spill) / f"{rank}of{world}", facts) if signal and spill else {}
+    if not todo:
+        sweep = ()
+    elif signal is None:
+        sweep = forward_sweep(ckpt, embed(ckpt, windows, dtype), device, gram=True, stop=max(todo) + 1, tokens=tokens)
     else:
-        inputs = []
-        for _ in forward_sweep(ckpt, h, device, keep=inputs):
+        top = next((l for l in range(max(todo), last) if state(l, signal) in have), None)       # goes on from there
+        stop = last if top is None else top
+        start = max((l for l in range(stop + 1) if l in inputs), default=0)
+        h = inputs.pop(start) if start in inputs else embed(ckpt, windows, dtype)
+        for _ in forward_sweep(ckpt, h, device, keep=inputs, start=start, stop=stop):
             pass
-        inputs.append(h)
-        sweep = backward_sweep(ckpt, windows, inputs, device, signal, gram=True)
+        del h
+        g = (start_gradient(ckpt, windows, inputs.pop(last), device, signal) if top is None else
+             stored.load(state(top, signal))["g"].clone())
+        sweep = backward_sweep(ckpt, inputs, g, device, signal, gram=True, top=top, tokens=tokens)
     for l, stats in sweep:
-        if l not in blocks:
-            continue
-        if folder:
-            old = load_file(file(l)) if any(l in have.get(each, ()) for each in have) else {}
-            save_file(old | {key: value.cpu() for key, value in stats.items()}, f"{file(l)}.partial")
-            os.replace(f"{file(l)}.partial", file(l))
-            for each in kinds:
-                have[each] = sorted({*have.get(each, ()), l})
-            manifest = Path(folder) / "stats.json"
-            manifest.with_suffix(".partial").write_text(json.dumps({"facts": facts, "have": have}, indent=1))
-            os.replace(manifest.with_suffix(".partial"), manifest)
-        yield l, stats
+        add_up(stats)
+        if folder and rank == 0 and l in todo:
+            for kind in (kind for kind in kinds if file(l, kind) not in stored.files):
+                stored.save(file(l, kind), {key: x for key, x in stats.items() if key.endswith(f".{signal}") == (kind == signal)})
+        if folder and signal and world == 1 and l:
+            stored.save(state(l - 1, signal), {"g": g})
+            stored.forget([state(each, signal) for each in range(l, last) if state(each, signal) in stored.files])
+        if l in todo:
+            yield l, stats
         del stats                                   # before the next block's are collected
-        if l == (blocks[-1] if signal is None else blocks[0]):
-            return
+        if signal and l == min(todo):
+            break
+    if folder and signal and rank == 0:
+        stored.forget([name for name in stored.files if name.startswith("gradient") and signal in name.split(".")])
+    if signal and spill:
+        inputs.remove()
 
 
 # ---------------------------------------------------------------------------------------------- the whole model
 METHODS = ("air", "svdllm", "svd", "fwsvd", "asvd")
+PART = "model-block-{:03}.safetensors".format       # of the output: a block, and under n_layers what belongs to none
 
 
 def solve(W, stats, name, k, S, method, signal, scale, delta, sweeps, order, axis):
@@ -241,44 +241,73 @@ def solve(W, stats, name, k, S, method, signal, scale, delta, sweeps, order, axi
     return U, V, [energy(W - U @ V), None, None, energy(W)]
 
 
-def compress(ckpt, sweep, writer, rate, how, device, blocks, say):
-    """Replace the seven linear layers of the blocks that `sweep` yields by factors, into `writer`; copy all other tensors.
+def solve_block(ckpt, l, stats, rate, how, device, say):
+    """The seven layers of block l, decomposed: ({name: tensor} of the whole block in the checkpoint's dtype, its report).
 
-    `sweep` yields (block, statistics) in any order; `how` holds the keyword arguments of solve; say(line) reports a weight.
-    Returns {"ranks": {layer: k}, "loss": {layer: [L_act, before, after]}, "repairs": {layer: shift}, "seconds": {stage: s}}.
+    `how` holds the keyword arguments of solve. Report: {"ranks": {layer: k}, "loss": {layer: [L_act, before, after]},
+    "repairs": {layer: shift}}. Raises RuntimeError for statistics that are not finite.
     """
-    report = {"ranks": {}, "loss": {}, "repairs": {}, "seconds": {"statistics": 0.0, "solve": 0.0}}
-    began = lap = time.time()
-    for l, stats in sweep:
-        report["seconds"]["statistics"] += time.time() - lap
-        S, start = {}, time.time()
-        if not all(torch.isfinite(x).all() for x in stats.values()):
-            raise RuntimeError(f"the statistics of block {l} are not finite: activations overflowed; use bfloat16 or float32")
-        for name in LAYERS:
-            layer, reads, lap = f"model.layers.{l}.{name}", READS[name], time.time()
-            if how["method"] in ("air", "svdllm") and reads not in S:
-                S[reads], shift = profile(stats[f"{reads}.gram"])
-                if shift:
-                    report["repairs"][layer] = shift
-                    say(f"{layer}: ΣXXᵀ is not positive definite; {shift:.0e} of its mean diagonal was added to it")
-            W = ckpt.tensor(layer + ".weight", device, torch.float32)
-            k = report["ranks"][layer] = rank_at(rate, *W.shape)
-            U, V, loss = solve(W, stats, name, k, S.get(reads), **how)
-            writer.add(layer + ".U.weight", U.to(ckpt.dtype))
-            writer.add(layer + ".V.weight", V.to(ckpt.dtype))
-            if layer + ".bias" in ckpt.tensors:
-                writer.add(layer + ".U.bias", ckpt.tensor(layer + ".bias"))
-            report["loss"][layer] = loss[:3]
-            dB = " -> ".join(f"{10 * math.log10(max(x, 1e-30) / loss[3]):.2f} dB"
-                             for x in (loss[1:3] if how["method"] == "air" else loss[:1]) if loss[3])
-            now, done = time.time(), len(report["ranks"])
-            left = (now - began) / done * (len(blocks) * len(LAYERS) - done)
-            say(f"{layer:<34} {W.shape[0]:>5} x {W.shape[1]:<5} k {k:<5} {dB:<22} {now - lap:6.2f} s  {left:5.0f} s left")
-        lap, stats = time.time(), None
-        report["seconds"]["solve"] += lap - start
-    for name in ckpt.names:
-        if name.rpartition(".")[0] not in report["ranks"]:
-            writer.add(name, ckpt.tensor(name))
+    tensors, report, S = {}, {"ranks": {}, "loss": {}, "repairs": {}}, {}
+    if not all(torch.isfinite(x).all() for x in stats.values()):
+        raise RuntimeError(f"the statistics of block {l} are not finite: activations overflowed; use bfloat16 or float32")
+    for name in LAYERS:
+        layer, reads, start = f"model.layers.{l}.{name}", READS[name], time.time()
+        if how["method"] in ("air", "svdllm") and reads not in S:       # q, k, v share one S; so do gate and up
+            S = {reads: None}
+            S[reads], shift = profile(stats[f"{reads}.gram"])
+            if shift:
+                report["repairs"][layer] = shift
+                say(f"{layer}: ΣXXᵀ is not positive definite; {shift:.0e} of its mean diagonal was added to it")
+        W = ckpt.tensor(layer + ".weight", device, torch.float32)
+        k = report["ranks"][layer] = rank_at(rate, *W.shape)
+        U, V, loss = solve(W, stats, name, k, S.get(reads), **how)
+        tensors |= {layer + ".U.weight": U.to(ckpt.dtype).cpu(), layer + ".V.weight": V.to(ckpt.dtype).cpu()}
+        if layer + ".bias" in ckpt.tensors:
+            tensors[layer + ".U.bias"] = ckpt.tensor(layer + ".bias")
+        report["loss"][layer] = loss[:3]
+        dB = " -> ".join(f"{10 * math.log10(max(x, 1e-30) / loss[3]):.2f} dB"
+                         for x in (loss[1:3] if how["method"] == "air" else loss[:1]) if loss[3])
+        say(f"{layer:<34} {W.shape[0]:>5} x {W.shape[1]:<5} k {k:<5} {dB:<22} {time.time() - start:6.2f} s", 1)
+    return tensors | block_rest(ckpt, l, report["ranks"]), report
+
+
+def block_rest(ckpt, l, without=()):
+    """{name: tensor} of block l as they are, but for the layers in `without`; l = n_layers: what belongs to no block."""
+    at = f"model.layers.{l}."
+    return {name: ckpt.tensor(name) for name in ckpt.names if name.rpartition(".")[0] not in without
+            and (name.startswith(at) if l < ckpt.cfg.n_layers else not name.startswith("model.layers."))}
+
+
+def compress(ckpt, sweep, writer, rate, how, device, blocks, say):
+    """Decompose the blocks that `sweep` yields, in any order, block by block into `writer`; copy all other tensors.
+
+    `writer` is process 0's, None in the others. Returns the reports of solve_block in one, with "seconds" {stage: s}.
+    """
+    seconds = {"statistics": 0.0, "solve": 0.0}
+    began, done, left = time.time(), 0, len(blocks) * len(LAYERS)
+
+    def told(line, weights=0):
+        nonlocal done
+        done += weights * processes()[1]
+        say(line + (f"  {(time.time() - began) / done * max(0, left - done):5.0f} s left" if weights else ""))
+    lap = time.time()
+    for l, stats in divide(sweep):
+        start, mine = time.time(), None
+        seconds["statistics"] += start - lap
+        if l is not None:
+            mine = (l, *solve_block(ckpt, l, stats, rate, how, device, told))
+        del stats
+        for each in gather(mine):
+            if each:
+                writer.add(PART(each[0]), each[1], each[2])
+        lap = time.time()
+        seconds["solve"] += lap - start
+    report = {"ranks": {}, "loss": {}, "repairs": {}, "seconds": seconds}
+    for l in range(ckpt.cfg.n_layers + 1) if writer else ():
+        if PART(l) not in writer.done:
+            writer.add(PART(l), block_rest(ckpt, l))
+        for key, values in (writer.done[PART(l)] or {}).items():
+            report[key] |= values
     return report
 
 
@@ -319,7 +348,9 @@ def parse_arguments():
     add_calibration_arguments(p)
     p.add_argument("--text", help="evaluation text, or none (default: the test part of the --calib text; a file as it is)")
     p.add_argument("--layers", default=":", metavar="A:B", help="compress blocks A to B-1 only (default: all)")
-    p.add_argument("--stats", metavar="DIR", help="keep the statistics here, and use them again when they are there")
+    p.add_argument("--stats", metavar="DIR", help="keep the statistics here and use them again when they are there; "
+                   "a killed run given the same arguments goes on from its finished blocks")
+    p.add_argument("--spill", metavar="DIR", help="keep block inputs here instead of in memory, until they have been used")
     p.add_argument("--out", help="output folder (default: out/NAME-METHOD-RATE)")
     p.add_argument("--overwrite", action="store_true", help="replace an existing output folder once the new one is whole")
     p.add_argument("--json", metavar="FILE", help="write the results to FILE")
@@ -345,7 +376,10 @@ def report_perplexity(dense, written, text, loaded, device, dtype, say):
 
 def main():
     args, start = parse_arguments(), time.time()
-    say = (lambda *_: None) if args.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+
+    def say(line):
+        if not args.quiet and os.environ.get("RANK", "0") == "0":
+            print(line, file=sys.stderr, flush=True)
 
     # Whatever can be wrong is looked at before the first matrix product.
     check_target(args.json)
@@ -370,24 +404,35 @@ def main():
     if args.stats and Path(out).resolve() in (Path(args.stats).resolve(), *Path(args.stats).resolve().parents):
         raise InputError(f"--stats {args.stats} lies inside --out {out}, which is replaced as a whole; give another --stats")
     dense, whole = (sum(map(math.prod, shapes)) for shapes in ([ckpt.tensors[name][0] for name in ckpt.names], cut.values()))
-    need = (dense - whole + sum(rank_at(args.rate, m, n) * (m + n) for m, n in cut.values())) * ckpt.dtype.itemsize + 2**22
+    ranks = {layer: rank_at(args.rate, m, n) for layer, (m, n) in cut.items()}
+    need = (dense - whole + sum(ranks[layer] * (m + n) for layer, (m, n) in cut.items())) * ckpt.dtype.itemsize + 2**22
 
-    if args.stats and not Path(args.stats, "stats.json").exists():      # ΣXXᵀ in fp64, influence in fp32
-        check_space(args.stats, sum(4 * m * n + 8 * n * n * layer.endswith(tuple(READS.values()))
-                                    for layer, (m, n) in cut.items()))
-
-    with Writer(out, need, args.overwrite) as writer:
+    how = {key: getattr(args, key) for key in ("method", "signal", "scale", "delta", "sweeps", "order", "axis")}
+    device = start_processes(device)
+    rank, world = processes()
+    if len(windows) < world:
+        raise InputError(f"{len(windows)} windows cannot be divided among {world} processes; expected one for each at least")
+    planned = plan(ckpt, cut, ranks, windows.numel(), dtype, device, signal, need, args.stats, args.spill)
+    facts = {"checkpoint": ckpt.fingerprint(), "windows": digest(windows), "dtype": str(dtype), "rate": args.rate,
+             "layers": args.layers, **how}
+    with Writer(out, need, args.overwrite, facts, keep=bool(args.stats)) if rank == 0 else nullcontext() as writer:
         say(f"torch {torch.__version__}, numpy {numpy.__version__}, {device} ({torch.get_num_threads()} threads), "
-            f"{str(dtype)[6:]} ({why}), seed {args.seed}")
+            f"{str(dtype)[6:]} ({why}), seed {args.seed}" + (f", {world} processes" if world > 1 else ""))
         widest = max(n for _, n in cut.values())
         say(f"{args.method} at rate {args.rate:g}: {len(blocks)} of {ckpt.cfg.n_layers} blocks of {ckpt.name}; "
             f"{samples} x {seqlen} = {windows.numel():,} tokens of {calib} for inputs up to {widest:,} wide")
-        how = {key: getattr(args, key) for key in ("method", "signal", "scale", "delta", "sweeps", "order", "axis")}
-        sweep = (((l, {}) for l in blocks) if args.method == "svd" else
-                 statistics(ckpt, windows, device, dtype, blocks, signal, args.stats))
+        say(planned)
+        left = from_first([l for l in blocks if not (writer and PART(l) in writer.done)])
+        if len(left) < len(blocks):
+            say(f"going on: {len(blocks) - len(left)} of {len(blocks)} blocks are finished in {out}.partial")
+        sweep = (((l, {}) for l in left) if args.method == "svd" else
+                 statistics(ckpt, windows, device, dtype, left, signal, args.stats, args.spill))
         seconds = {"prepare": time.time() - start}
-        report = compress(ckpt, sweep, writer, args.rate, how, device, blocks, say)
+        report = compress(ckpt, sweep, writer, args.rate, how, device, left, say)
         seconds |= report.pop("seconds")
+        end_processes()
+        if rank:                                    # process 0 writes and evaluates
+            return
         start = time.time()
         writer.finish(ckpt.raw | {"air": how | {
             "rate": args.rate, "ranks": report["ranks"], "seed": args.seed, "dtype": str(dtype)[6:],
@@ -409,7 +454,8 @@ def main():
     say(f"{sum(seconds.values()):.0f} s ({stages}), peak memory {peak / 1e9:.2f} GB")
     used = {"signal": args.signal, "delta": args.delta} if args.method == "air" else {"signal": signal, "delta": None}
     write_json(args.json, {"method": args.method, "rate": args.rate, **used, "params_dense": dense, "params_compressed": small,
-                           **rates, **scores, **report, "seconds": seconds, "peak_rss_bytes": peak})
+                           **rates, **scores, **report, "seconds": seconds, "peak_rss_bytes": peak,
+                           "peak_gpu_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None})
 
 
 if __name__ == "__main__":

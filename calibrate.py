@@ -300,23 +300,30 @@ def embed(ckpt, windows, dtype):
 
 
 @torch.no_grad()
-def forward_sweep(ckpt, h, device, gram=False, keep=None):
-    """Run every window through block 0, 1, …; only one block's weights are in memory at a time.
+def forward_sweep(ckpt, h, device, gram=False, keep=None, start=0, stop=None, tokens=None):
+    """Run every window through blocks start to stop - 1 (default: all); only one block's weights are in memory at a time.
 
-    h (N, T, dim), in host memory, is replaced in place by each block's output. `keep`, a list, receives a copy of each
-    block's input. Yields (l, stats) after block l; with `gram`, stats holds what add_inputs collects.
+    h (N, T, dim), in host memory, is replaced in place by each block's output, unless there is `keep`, a dict: it receives
+    {l: block l's input} and, under `stop`, the last output. Yields (l, stats) after block l; with `gram`, stats holds what
+    add_inputs collects, for `tokens` calibration tokens in all (default: these).
     """
     angles, batch = rope(ckpt.cfg, h.shape[1], device), max(1, 1024 // h.shape[1])
-    for l in range(ckpt.cfg.n_layers):
+    stop = ckpt.cfg.n_layers if stop is None else stop
+    for l in range(start, stop):
         block, stats = ckpt.block(l, device, h.dtype), {}
         if keep is not None:
-            keep.append(h.clone())
-        for part in h.split(batch):
+            keep[l] = h
+        out = h if keep is None else torch.empty_like(h)
+        for i in range(0, len(h), batch):
             seen = {}
-            part.copy_(block(part.to(device), angles, recording(PLAIN, seen) if gram else PLAIN))
+            part = h[i:i + batch].to(device)
+            out[i:i + batch] = block(part, angles, recording(PLAIN, seen) if gram else PLAIN)
             if gram:
-                add_inputs(stats, block, seen, h.shape[0] * h.shape[1])
+                add_inputs(stats, block, seen, tokens or h.shape[0] * h.shape[1])
+        h = out
         yield l, stats
+    if keep is not None:
+        keep[stop] = h
 
 
 def add_calibration_arguments(parser):

@@ -72,6 +72,11 @@ def lrp_rules(eps=1e-6):
                            mul=uniform_mul, attention=uniform_attention)
 
 
+def operations(signal, eps=1e-6):
+    """The rules for relevance, a block's ordinary operations for gradients."""
+    return lrp_rules(eps) if signal.startswith("lrp") else PLAIN
+
+
 # ---------------------------------------------------------------------------------------------- signals
 SIGNALS = {     # influence of one window on weight W, from g = ∂(target)/∂W; the absolute value is per window
     "lrp": lambda W, g: (W * g).abs(),          # |R| for the last token's top logit: with the rules above, R = W ⊙ g
@@ -103,39 +108,45 @@ def output_gradient(x, ids, norm, lm_head, cfg, signal, ops):
     return torch.autograd.grad(objective, x)[0]
 
 
-def backward_sweep(ckpt, windows, inputs, device, signal="lrp", eps=1e-6, gram=False):
-    """Propagate from the output back through block L-1, L-2, …, each block's forward recomputed from its kept input.
+def start_gradient(ckpt, windows, h, device, signal="lrp", eps=1e-6):
+    """Replace the last block's output h (N, T, dim), in place, by the gradient of every window's target with respect to it.
 
-    windows (N, T) token ids; inputs: the list forward_sweep kept, then the last block's output, each (N, T, dim) in host
-    memory; consumed from the end, so memory falls as the sweep proceeds. Yields (l, stats) with stats[f"{name}.{signal}"]
-    = I (m, n) = Σ_windows |Ĩ| (Section 3.1), fp32 (fp64 for an fp64 model), unnormalised; with `gram` also what
-    calibrate.add_inputs collects from the same recomputed forward. Raises InputError for lrp in fp16, which overflows.
+    Raises InputError for lrp in fp16, which overflows.
     """
-    g = inputs.pop()                                                            # becomes the gradient, block by block
-    check_signal(signal, g.dtype)
-    ops = lrp_rules(eps) if signal.startswith("lrp") else PLAIN
-    norm, lm_head = ckpt.head(device, g.dtype)
+    check_signal(signal, h.dtype)
+    ops, (norm, lm_head) = operations(signal, eps), ckpt.head(device, h.dtype)
     for d in range(len(windows)):
         ids = windows[d:d + 1].to(device)
-        g[d:d + 1].copy_(output_gradient(g[d:d + 1].to(device), ids, norm, lm_head, ckpt.cfg, signal, ops))
-    del norm, lm_head
+        h[d:d + 1] = output_gradient(h[d:d + 1].to(device), ids, norm, lm_head, ckpt.cfg, signal, ops)
+    return h
 
-    angles = rope(ckpt.cfg, windows.shape[1], device)
-    for l in reversed(range(ckpt.cfg.n_layers)):
-        block, x, stats, seen = ckpt.block(l, device, g.dtype), inputs.pop(), {}, {}
+
+def backward_sweep(ckpt, inputs, g, device, signal="lrp", eps=1e-6, gram=False, top=None, tokens=None):
+    """Propagate from block `top` (default: the last) back to block 0, each block's forward recomputed from its kept input.
+
+    inputs: the dict forward_sweep kept, emptied as the sweep proceeds; g (N, T, dim): gradient at the output of `top`,
+    replaced in place by the one at each block's input; both in host memory. Yields (l, stats), stats[f"{name}.{signal}"]
+    being I (m, n) = Σ_windows |Ĩ| (Section 3.1), fp32 (fp64 for an fp64 model), unnormalised; with `gram` also what
+    calibrate.add_inputs collects from the same recomputed forward, for `tokens` tokens in all (default: these).
+    """
+    ops, angles = operations(signal, eps), rope(ckpt.cfg, g.shape[1], device)
+    for l in reversed(range(ckpt.cfg.n_layers if top is None else top + 1)):
+        block, x, stats, seen = ckpt.block(l, device, g.dtype), inputs.pop(l), {}, {}
         weights = {f"{name}.{signal}": block.get_submodule(name).weight.requires_grad_() for name in LAYERS}
-        for d in range(len(windows)):
+        for d in range(len(g)):
             h = x[d:d + 1].to(device).requires_grad_()
             with torch.enable_grad():
                 out = block(h, angles, recording(ops, seen) if gram else ops)
             g_in, *grads = torch.autograd.grad(out, (h, *weights.values()), g[d:d + 1].to(device))
-            g[d:d + 1].copy_(g_in)
+            g[d:d + 1] = g_in
             for (key, W), grad in zip(weights.items(), grads):
                 value = SIGNALS[signal](W.detach(), wide(grad))                     # |Ĩ| of this window   (m, n)
                 stats[key] = stats[key].add_(value) if key in stats else value
+            del grads, grad, value, out                 # a block's gradients are as large as its influence
             if gram:
                 with torch.no_grad():
-                    add_inputs(stats, block, seen, windows.numel())
+                    add_inputs(stats, block, seen, tokens or g.shape[0] * g.shape[1])
+        del block, weights, W, seen, x, h
         yield l, stats
 
 
@@ -151,12 +162,12 @@ def main():
         raise InputError(f"{args.ckpt} is compressed; influence is measured on the dense checkpoint")
     text, samples, seqlen = choose(ckpt, args.calib, args.samples, args.seqlen)
     windows = calibration_windows(text, ckpt, samples, seqlen, args.seed)
-    inputs, h = [], embed(ckpt, windows, dtype)
-    for _ in forward_sweep(ckpt, h, device, keep=inputs):
+    inputs = {}
+    for _ in forward_sweep(ckpt, embed(ckpt, windows, dtype), device, keep=inputs):
         pass
-    inputs.append(h)
+    g = start_gradient(ckpt, windows, inputs.pop(ckpt.cfg.n_layers), device, args.signal)
     print(f"{args.signal}, {samples} windows of {seqlen} tokens of {text}: the share of influence in the top 1 % of weights")
-    for l, stats in backward_sweep(ckpt, windows, inputs, device, args.signal):
+    for l, stats in backward_sweep(ckpt, inputs, g, device, args.signal):
         shares = []
         for name in LAYERS:
             I = stats[f"{name}.{args.signal}"].flatten()

@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 class InputError(Exception):
@@ -352,21 +351,96 @@ class Checkpoint:
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints, out
-SHARD_BYTES = 5e9        # of a file, as on the hub
+SHARD_BYTES = 5e9        # a larger checkpoint is stored as one shard a block
+
+
+class Folder:
+    """Files of tensors under `path`, and manifest.json: the `facts` they were made from, and each finished file's SHA-256.
+
+    A file counts only when the manifest names it, so what a killed run left behind is finished work or nothing.
+    Raises InputError when the folder was made from other facts, saying which, and when a file is not what was written.
+    """
+
+    def __init__(self, path, facts):
+        self.path, self.manifest, self.files = Path(path), Path(path) / "manifest.json", {}
+        self.facts = {key: json.loads(json.dumps(value)) for key, value in facts.items()}
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"cannot make the folder {path} ({e.strerror}); name another") from None
+        if self.manifest.exists():
+            found = read_json(self.manifest)
+            differ = [f"{key} ({there[:12]} there, {now[:12]} now)" for key, value in self.facts.items()
+                      if (there := str(found["facts"].get(key))) != (now := str(value))]
+            if differ:
+                raise InputError(f"{path} was made with another {', '.join(differ)}; give the same arguments as then, "
+                                 "name another folder, or delete it")
+            self.files = found["files"]
+
+    def save(self, name, tensors, note=None):
+        """Write {key: tensor} as `name` and remember `note` (JSON) with it."""
+        tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+        sha256 = self._place(self.path / name, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
+        self.files[name] = {"sha256": sha256, "note": note}
+        self._list()
+
+    def forget(self, names):
+        """Strike the files `names` off the manifest, then delete them."""
+        if not names:
+            return
+        self.files = {name: file for name, file in self.files.items() if name not in names}
+        self._list()
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+    def _list(self):
+        content = json.dumps({"facts": self.facts, "files": self.files}, indent=1)
+        self._place(self.manifest, lambda part: part.write_text(content))
+
+    def _place(self, path, write):
+        """write(a path beside it), then move that to `path`: it is there whole or not at all. Returns its SHA-256."""
+        part = path.with_name(path.name + ".partial")
+        write(part)
+        with open(part, "rb+") as f:
+            sha256 = hash_file(f)
+            os.fsync(f.fileno())
+        os.replace(part, path)
+        return sha256
+
+    def load(self, name, device="cpu"):
+        """The tensors of file `name`, memory-mapped."""
+        path = self.path / name
+        try:
+            with open(path, "rb") as f:
+                sha256 = hash_file(f)
+        except OSError as e:
+            sha256 = e.strerror
+        if sha256 != self.files[name]["sha256"]:
+            raise InputError(f"{path} is not the file that was written (SHA-256 {sha256}, expected "
+                             f"{self.files[name]['sha256']}); delete {self.path} and run again")
+        return load_file(path, device=str(device))
+
+
+def hash_file(f):
+    """SHA-256 (hex) of an open binary file."""
+    digest = hashlib.sha256()
+    while chunk := f.read(1 << 22):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 class Writer:
-    """Writes a checkpoint folder tensor by tensor, beside the target; the target appears only when it is whole.
+    """Writes a checkpoint folder part by part, beside the target; the target appears only when it is whole.
 
-    Use as a context manager; leaving it through an exception, Ctrl-C included, removes what was written. An existing
+    Use as a context manager. Leaving it through an exception, Ctrl-C included, removes what was written, unless `keep`:
+    then a later run with the same `facts` goes on from the finished parts, named in `done` with their notes. An existing
     target is refused unless `overwrite`, and replaced only when it is itself a compressed checkpoint.
     Raises InputError before any work for a target that cannot be written or a disk with less than `need` bytes free.
     """
 
-    def __init__(self, out, need, overwrite=False):
-        self.out = Path(out)
+    def __init__(self, out, need, overwrite=False, facts=None, keep=False):
+        self.out, self.keep = Path(out), keep
         self.partial = self.out.with_name(self.out.name + ".partial")
-        self.shards, self.buffer, self.size = [], {}, 0
         if self.out.exists() and not overwrite:
             raise InputError(f"{out} already exists; name another --out, or add --overwrite to replace it")
         config = self.out / "config.json"
@@ -374,50 +448,56 @@ class Writer:
             raise InputError(f"{out} is not a compressed checkpoint, so --overwrite leaves it alone; name another --out")
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            check_space(self.out.parent, need)
-            shutil.rmtree(self.partial, ignore_errors=True)     # left by a run that was killed
-            self.partial.mkdir()
+            if not (keep and (self.partial / "manifest.json").exists()):
+                shutil.rmtree(self.partial, ignore_errors=True)     # left by a run that was killed
+            there = sum(file.stat().st_size for file in self.partial.glob("*"))
+            check_space(self.out.parent, need + min(need, SHARD_BYTES) - there)     # a small checkpoint is copied into one file
+            self.folder = Folder(self.partial, facts or {})
         except OSError as e:
             raise InputError(f"cannot write to {self.out.parent} ({e.strerror}); name another --out") from None
+        for name in self.folder.files:
+            self.folder.load(name)                                  # refuses a damaged part now, not at the end
+        self.done = {name: file["note"] for name, file in self.folder.files.items()}
 
-    def add(self, name, w):
-        """Queue one tensor; it is on disk when a shard is full or the writer closes."""
-        if not torch.isfinite(w).all():
-            raise RuntimeError(f"{name} is not finite in {w.dtype}, the checkpoint's own; start from its bf16 or fp32 form")
-        size = w.numel() * w.element_size()
-        if self.buffer and self.size + size > SHARD_BYTES:
-            self._flush()
-        self.buffer[name], self.size = w.detach().cpu().contiguous(), self.size + size
-
-    def _flush(self):
-        save_file(self.buffer, self.partial / f"shard-{len(self.shards)}", metadata={"format": "pt"})
-        self.shards.append({name: w.numel() * w.element_size() for name, w in self.buffer.items()})
-        self.buffer, self.size = {}, 0
+    def add(self, part, tensors, note=None):
+        """Write {name: tensor} to disk as one part, a shard to be. Raises RuntimeError for a number that is not finite."""
+        for name, w in tensors.items():
+            if not torch.isfinite(w).all():
+                raise RuntimeError(f"{name} is not finite in {w.dtype}, the checkpoint's own; start from its bf16 or fp32 form")
+        self.folder.save(part, tensors, note)
+        self.done[part] = note
 
     def finish(self, config, copies=()):
-        """Write the last shard, the index, config.json and copies of `copies` (paths), then move all of it into place."""
-        self._flush()
-        n = len(self.shards)
-        files = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
-        for i, file in enumerate(files):
-            os.replace(self.partial / f"shard-{i}", self.partial / file)
-        if n > 1:
-            index = {"metadata": {"total_size": sum(sum(shard.values()) for shard in self.shards)},
-                     "weight_map": {name: file for file, shard in zip(files, self.shards) for name in shard}}
-            (self.partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        (self.partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        """Add the index, config.json and copies of `copies` (paths), then move all of it into place."""
+        parts = {part: self.folder.load(part) for part in sorted(self.done)}
+        total = sum(w.numel() * w.element_size() for part in parts.values() for w in part.values())
+        target = self.partial / "whole" if total <= SHARD_BYTES else self.partial
+        for left in ("whole", "old"):                # by a run that was killed in here
+            shutil.rmtree(self.partial / left, ignore_errors=True)
+        target.mkdir(exist_ok=True)
+        if total <= SHARD_BYTES:
+            state = {name: w for part in parts.values() for name, w in part.items()}
+            save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+        else:
+            where = {name: file for file, part in parts.items() for name in part}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (target / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         for path in copies:
-            shutil.copy(path, self.partial)
-        with tempfile.TemporaryDirectory(dir=self.out.parent, prefix=f"{self.out.name}.replaced.") as old:
-            if self.out.exists():                    # two renames: at no moment is there a half-written target
-                os.replace(self.out, Path(old) / "was")
-            os.replace(self.partial, self.out)
+            shutil.copy(path, target)
+        if self.out.exists():                        # two renames: at no moment is there a half-written target
+            os.replace(self.out, self.partial / "old")
+        os.replace(target, self.out)
+        (self.out / "manifest.json").unlink(missing_ok=True)
+        for left in (self.partial, self.out / "old"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        shutil.rmtree(self.partial, ignore_errors=True)
+        if not self.keep:
+            shutil.rmtree(self.partial, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------- running a script
@@ -451,6 +531,17 @@ def parser(doc):
     return p
 
 
+def free_bytes(device):
+    """Memory that can still be had on `device`, in bytes; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as f:
+            return 1024 * next(int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
 def check_space(folder, need):
     """Raise InputError when the disk under `folder`, or under the nearest folder above it that exists, has too little space."""
     folder = next(path for path in (Path(folder).resolve(), *Path(folder).resolve().parents) if path.exists())
@@ -476,12 +567,14 @@ def run(main):
     except InputError as e:
         leave(2, e)
     except KeyboardInterrupt:
-        leave(130, "interrupted; nothing incomplete was left behind")
+        leave(130, "interrupted; nothing incomplete was left where results go")
     except torch.OutOfMemoryError as e:
         leave(1, f"out of GPU memory ({str(e).split('.')[0]}); try --dtype bfloat16, a smaller --seqlen or --device cpu")
     except (OSError, SafetensorError, MemoryError) as e:
         leave(1, f"the run failed and left nothing incomplete: {e or type(e).__name__}")
     except RuntimeError as e:
+        if "gloo" in str(e).lower() or "nccl" in str(e).lower():
+            leave(1, "another process of this run ended; its reason is in its own message")
         if "allocate memory" not in str(e) and "not finite" not in str(e):
             raise
         leave(1, f"the run failed and left nothing incomplete: {str(e).splitlines()[0]}")

@@ -30,14 +30,19 @@ CONFIG = {
     "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2,
     "torch_dtype": "bfloat16", "defaults": {"text": "stdlib", "samples": 64, "seqlen": 256},    # what calibrate.choose takes
 }
-TOKENS_A_STEP, WARMUP, WEIGHT_DECAY = 2048, 200, 0.1
-LENGTHS = (256, 512)                                 # windows of 256, for the last fifth of the steps of 512
+TOKENS_A_STEP, WARMUP, WEIGHT_DECAY, DROPOUT = 2048, 200, 0.3, 0.1
+LENGTHS = (256, 512)                                 # windows of 256, for the last tenth of the steps of 512
 
 
 def fp32_attention(q, k, v):
     """The fused kernel's backward on a CPU is half again as fast in fp32 as in bf16."""
     with torch.autocast(q.device.type, enabled=False):
         return attention(q.float(), k.float(), v.float())
+
+
+def dropout(x):
+    """One mask for all tokens of a window, x (B, …, T, D): a tenth as many random numbers, which a CPU draws slowly."""
+    return x * F.dropout(torch.ones_like(x[..., :1, :]), DROPOUT)
 
 
 def train_tokenizer(rows, out):
@@ -93,19 +98,24 @@ def main():
         if w.dim() == 2:      # GPT-2's initialisation: residual projections start smaller by the depth of the stack
             std = 0.02 / math.sqrt(2 * model.cfg.n_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
             torch.nn.init.normal_(w, std=std)
-    decay = [w for w in model.parameters() if w.dim() == 2]
-    rest = [w for w in model.parameters() if w.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0}],
-                                  lr=args.lr, betas=(0.9, 0.99), fused=True)
-    ops = SimpleNamespace(**vars(PLAIN) | {"attention": fp32_attention}) if device == "cpu" else PLAIN
+    # Muon for the matrices inside the blocks, AdamW for embeddings, head and norms: the usual division (Jordan et al., 2024).
+    hidden = [w for w in model.model.layers.parameters() if w.dim() == 2]
+    tables = [model.model.embed_tokens.weight, model.lm_head.weight]
+    norms = [w for w in model.parameters() if w.dim() < 2]
+    optimizers = [
+        torch.optim.Muon(hidden, lr=args.lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([{"params": tables, "weight_decay": WEIGHT_DECAY}, {"params": norms, "weight_decay": 0}],
+                          lr=args.lr, betas=(0.9, 0.99), fused=True)]
+    mix = fp32_attention if device == "cpu" else attention
+    ops = SimpleNamespace(**vars(PLAIN) | {"attention": lambda q, k, v: dropout(mix(q, k, v)), "silu": lambda x: dropout(F.silu(x))})
     run = torch.compile(model, dynamic=False) if args.compile else model
     steps, best, log, start = int(args.tokens / TOKENS_A_STEP), math.inf, [], time.time()
     for step in range(1, steps + 1):
         # Linear warm-up, then linear decay to zero.
         lr = args.lr * min(step / WARMUP, (steps - step) / (steps - WARMUP))
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr
-        T = LENGTHS[step > 0.8 * steps]
+        T = LENGTHS[step > 0.9 * steps]
         at = torch.randint(len(stream) - T - 1, (TOKENS_A_STEP // T,))
         batch = torch.stack([stream[i:i + T + 1] for i in at]).to(device)
         with torch.autocast(device, torch.bfloat16):
@@ -113,8 +123,9 @@ def main():
         loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if step % 50 == 0:
             print(f"step {step}/{steps}  loss {loss.item():.3f}  {step * TOKENS_A_STEP / (time.time() - start):,.0f} tokens/s",
                   flush=True)

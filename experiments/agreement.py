@@ -36,7 +36,8 @@ def main():
                             "--stats", f"{tmp}/stats", "--out", f"{tmp}/{out}", "--quiet", "--device", "cpu"], check=True,
                            stdout=subprocess.DEVNULL)
         for l in range(Checkpoint(folder).cfg.n_layers):
-            stats = load_file(f"{tmp}/stats/block_{l:03}.safetensors")
+            stats = {k: x for kind in ("gram", "lrp", "wxg", "fisher")
+                     for k, x in load_file(f"{tmp}/stats/block_{l:03}.{kind}.safetensors").items()}
             for name in LAYERS:
                 layer = f"model.layers.{l}.{name}"
                 note("gram", distance(stats[f"{READS[name]}.gram"], numbers[f"gram/{layer}"]))

@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import air                                                                        # noqa: E402
 from air import als_sweep, truncated_svd                                          # noqa: E402
 from calibrate import calibration_windows, embed, forward_sweep                   # noqa: E402
-from influence import backward_sweep                                              # noqa: E402
+from influence import backward_sweep, start_gradient                                          # noqa: E402
 from model import Checkpoint, Llama, parse_config                                 # noqa: E402
 
 CPU = torch.device("cpu")
@@ -52,14 +53,14 @@ def sweep(samples=8, seqlen=256):
     """The backward sweep with lrp against an ordinary forward-backward of the whole model by autograd, a window at a time."""
     ckpt = Checkpoint(ROOT / "demo")
     windows = calibration_windows("stdlib", ckpt, samples, seqlen)
-    kept, h = [], embed(ckpt, windows, torch.float32)
-    for _ in forward_sweep(ckpt, h, CPU, keep=kept):
+    kept = {}
+    for _ in forward_sweep(ckpt, embed(ckpt, windows, torch.float32), CPU, keep=kept):
         pass
-    kept.append(h)
     model = ckpt.model(dtype=torch.float32).requires_grad_()
 
     def ours():
-        for _ in backward_sweep(ckpt, windows, [x.clone() for x in kept], CPU, "lrp"):
+        g = start_gradient(ckpt, windows, kept[ckpt.cfg.n_layers].clone(), CPU)
+        for _ in backward_sweep(ckpt, dict(kept), g, CPU):
             pass
 
     def autograd():
@@ -88,8 +89,8 @@ def algorithm_1(Wp, P, U, sigma, Vh, ranks):
 
 
 def als():
-    """als_sweep against the literal algorithm, fp32, same start; how far the factors are apart."""
-    rows = []
+    """air.py's plain als_sweep against the literal algorithm, fp32, same start; how far the factors are apart."""
+    rows, air.FAST_FROM = [], float("inf")          # fast.py's is measured by scale.py
     for size, k, rounds in ((2048, 614, 3), (256, 76, 15)):
         g = torch.Generator().manual_seed(0)
         Wp = torch.randn(size, size, generator=g) @ torch.diag(torch.linspace(1, 0.05, size)) @ torch.randn(size, size, generator=g) / size ** 0.5
@@ -133,12 +134,11 @@ def peak_anonymous(ckpt_path):
             time.sleep(0.002)
     ckpt, base = Checkpoint(ckpt_path), anonymous()
     threading.Thread(target=watch, daemon=True).start()
-    windows, kept = torch.randint(ckpt.cfg.vocab, (2, 128)), []
-    h = embed(ckpt, windows, torch.float32)
-    for _ in forward_sweep(ckpt, h, CPU, keep=kept):
+    windows, kept = torch.randint(ckpt.cfg.vocab, (2, 128)), {}
+    for _ in forward_sweep(ckpt, embed(ckpt, windows, torch.float32), CPU, keep=kept):
         pass
-    kept.append(h)
-    for _ in backward_sweep(ckpt, windows, kept, CPU, "lrp", gram=True):
+    g = start_gradient(ckpt, windows, kept.pop(ckpt.cfg.n_layers), CPU)
+    for _ in backward_sweep(ckpt, kept, g, CPU, gram=True):
         pass
     running = False
     print(peak[0] - base)

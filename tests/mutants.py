@@ -24,6 +24,11 @@ MUTANTS = [     # what, file, correct text, mistake, the tests that look
     ("magnitude of the sum over windows", "influence.py", '"wxg": lambda W, g: (W * g).abs()', '"wxg": lambda W, g: W * g', "test_influence"),
     ("v² not squared in Eq. 6", "air.py", "P @ v_new.square()", "P @ v_new", "test_air"),
     ("S⁻¹ forgotten", "air.py", "torch.linalg.solve_triangular(S, Vh.to(S.dtype), upper=False, left=False)", "Vh", "test_air"),
+    ("the block's own corrections forgotten", "fast.py", "M @ v_new[j] - change -", "M @ v_new[j] -", "test_fast"),
+    ("huge directions left in the square", "fast.py", "R = R[:, energy > 8 * energy[0]][:, :k]", "R = R[:, :0]", "test_fast"),
+    ("finished work recognised by its presence", "model.py", "self.files = found[\"files\"]",
+     "self.files = {f.name: {'sha256': None, 'note': None} for f in self.path.glob('*.safetensors')}", "test_large"),
+    ("each process keeps its own sums", "large.py", "dist.all_reduce(stats[key])", "pass", "test_large"),
     ("half-split RoPE interleaved", "model.py", "a, b = x.chunk(2, dim=-1)", "a, b = x[..., ::2], x[..., 1::2]", "test_model"),
 ]
 

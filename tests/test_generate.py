@@ -1,33 +1,223 @@
-"""generate.py: the loop and the filters."""
+"""generate.py: every cached path against the uncached model, the bytes of the cache, the drawing of tokens, the command."""
+import itertools
 import math
+import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate as G
-from conftest import ROOT, script
-from model import Checkpoint, InputError
+from conftest import ROOT, TINY, script, write_checkpoint
+from model import Checkpoint, InputError, Llama, parse_config
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import fig4                                             # noqa: E402
+import table9                                           # noqa: E402
+import table11                                          # noqa: E402
+from shapes import SHAPES, at_rate, random_model        # noqa: E402
+
+LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+          "mlp.down_proj")
 
 
-def test_greedy_equals_a_loop_of_argmax(tiny):
-    model = Checkpoint(tiny).model()
-    ids = [1, 5, 9]
-    for _ in range(20):
-        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
-    assert list(G.generate(model, [1, 5, 9], 20, temperature=0)) == ids[3:]
+def ranks(*k, layers=LAYERS):
+    """The `air` section of a config.json: the ranks of LAYERS, in both blocks."""
+    return {"air": {"ranks": {f"model.layers.{l}.{name}": r for l in (0, 1) for name, r in zip(layers, k)}}}
 
 
-def test_ends_at_eos_and_at_the_context(tiny):
-    model = Checkpoint(tiny).model()
-    tokens = list(G.generate(model, [1], 20, temperature=0))
-    assert list(G.generate(model, [1], 20, temperature=0, eos={tokens[4]})) == tokens[:tokens.index(tokens[4])]
-    assert len(list(G.generate(model, [1] * 60, 20))) == 4                  # context 64
+LOW = ranks(9, 7, 5, 10, 13, 11, 12)
+CASES = {   # 4 heads of 8 in all of them
+    "multi-head": dict(TINY, num_key_value_heads=4),
+    "multi-head low-rank": dict(TINY, num_key_value_heads=4, **LOW),
+    "grouped": TINY,
+    "grouped low-rank": dict(TINY, **LOW),
+    "one kv head low-rank": dict(TINY, num_key_value_heads=1, **LOW),
+    "biases": dict(TINY, architectures=["Qwen2ForCausalLM"], model_type="qwen2"),
+    "biases low-rank": dict(TINY, architectures=["Qwen2ForCausalLM"], model_type="qwen2", **LOW),
+    "biases everywhere, wide heads, low-rank": dict(TINY, num_key_value_heads=4, head_dim=12, attention_bias=True, mlp_bias=True,
+                                                    **LOW),
+    "values whose rank saves nothing": dict(TINY, **ranks(9, 7, 18, 10, 13, 11, 12)),
+    "some layers dense, tied": dict(TINY, tie_word_embeddings=True, **ranks(6, 12, layers=("self_attn.v_proj", "mlp.up_proj"))),
+}
+PROMPTS = {"equal": (6, 6, 6), "unequal": (9, 1, 4), "one token": (1,)}
+STEPS = 7
 
 
-def test_a_seed_gives_one_text(tiny):
-    model = Checkpoint(tiny).model()
-    draw = lambda seed: list(G.generate(model, [1], 30, seed=seed))          # noqa: E731
-    assert draw(0) == draw(0) != draw(1)
+@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
+def case(request, tmp_path_factory):
+    """(model, {prompts: (sequences (rows of ids), their logits by the uncached model)}) in fp32."""
+    model = Checkpoint(write_checkpoint(tmp_path_factory.mktemp("case"), CASES[request.param])).model()
+    g, rows = torch.Generator().manual_seed(3), {}
+    for name, lengths in PROMPTS.items():
+        ids = [torch.randint(64, (n + STEPS,), generator=g) for n in lengths]
+        rows[name] = ids, [model(row[None])[0] for row in ids]
+    return model, rows
+
+
+def follow(decoder, ids, lengths, each=None):
+    """Prefill the first `lengths` ids of each row, then step through the rest; yields (row, position, logits (vocab,))."""
+    logits = decoder.prefill([row[:n].tolist() for row, n in zip(ids, lengths)], STEPS)
+    for i in range(STEPS):
+        for b, n in enumerate(lengths):
+            yield b, n + i - 1, logits[b].clone()
+        step = each or decoder.step
+        logits = step(torch.stack([row[n + i] for row, n in zip(ids, lengths)]))
+
+
+SWITCHES = list(itertools.product((True, False), repeat=4))
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_cached_logits_equal_the_uncached_models(case, prompts, monkeypatch):
+    """At every step, with every combination of O1, O2, O3 and fused projections, the prompt in one piece or in many."""
+    model, rows = case
+    ids, expected = rows[prompts]
+    for (o1, o2, o3, fuse), chunk in itertools.product(SWITCHES, (2048, 6)):           # 6: pieces of 2 columns for 3 prompts
+        monkeypatch.setattr(G, "CHUNK", chunk)
+        decoder = G.Decoder(model, o1, o2, o3, fuse)
+        for b, t, logits in follow(decoder, ids, PROMPTS[prompts]):
+            assert (logits - expected[b][t]).abs().max() < 1e-4, (o1, o2, o3, fuse, chunk, b, t)
+    assert torch.equal(model(ids[0][None])[0], expected[0])                             # taken over, and still the same model
+
+
+def test_a_captured_step_is_the_same_step(case):
+    """What a CUDA graph records: fixed shapes, all columns of the buffer, those not yet written masked. Run here on the CPU."""
+    model, rows = case
+    for prompts, lengths in PROMPTS.items():
+        decoder = G.Decoder(model)
+
+        def step(token):
+            decoder.graph = True
+            decoder.token.copy_(token)
+            decoder.body(decoder.width)
+            return decoder.logits
+        for b, t, logits in follow(decoder, rows[prompts][0], lengths, step):
+            assert (logits - rows[prompts][1][b][t]).abs().max() < 1e-4, (prompts, b, t)
+
+
+def test_greedy_tokens_are_the_uncached_models(case):
+    model, rows = case
+    for (ids, _), lengths in zip(rows.values(), PROMPTS.values()):
+        prompts = [row[:n].tolist() for row, n in zip(ids, lengths)]
+        expected = [list(row) for row in prompts]
+        for row in expected:
+            for _ in range(STEPS):
+                row.append(model(torch.tensor([row]))[0, -1].argmax().item())
+        for switches in (SWITCHES[0], SWITCHES[-1]):
+            steps = list(G.generate(G.Decoder(model, *switches), prompts, STEPS, temperature=0))
+            assert [p + list(row) for p, row in zip(prompts, zip(*steps))] == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_graph_replays_the_eager_steps(case, monkeypatch):
+    model, rows = case
+    monkeypatch.setattr(G, "SPAN", 4)                                                   # several captures, several replays
+    model = Llama(model.cfg).requires_grad_(False).eval()
+    model.load_state_dict(case[0].state_dict())
+    model = model.cuda()
+    for prompts, lengths in PROMPTS.items():
+        ids, expected = rows[prompts]
+        for b, t, logits in follow(G.Decoder(model), [row.cuda() for row in ids], lengths):
+            assert (logits.cpu() - expected[b][t]).abs().max() < 1e-3
+        start = [row[:n].tolist() for row, n in zip(ids, lengths)]
+        for sampling in (dict(temperature=0), dict(top_k=8, top_p=0.9, penalty=1.2, seed=5)):
+            a, b = (list(G.generate(G.Decoder(model, graph=graph), start, STEPS, **sampling)) for graph in (True, False))
+            assert a == b
+
+
+def test_cache_holds_exactly_keys_and_ranks(case):
+    """(n_kv·d_h + r_v) numbers a token and layer, or 2·n_kv·d_h where the values are not low-rank or their rank saves nothing."""
+    cfg, model = case[0].cfg, case[0]
+    full = cfg.n_kv_heads * cfg.head_dim
+    for o2, o3, dtype in itertools.product((True, False), (True, False), (torch.float32, torch.bfloat16)):
+        half = Llama(cfg).requires_grad_(False)
+        half.load_state_dict(model.state_dict())
+        decoder = G.Decoder(half.to(dtype), o2=o2, o3=o3)
+        decoder.prefill([[1, 2, 3], [4, 5]], 6)
+        columns = 9 if o3 else 3                                                        # allocated at once, or as far as grown
+        r = cfg.ranks.get("model.layers.0.self_attn.v_proj", full)
+        for k, v in zip(decoder.cache.k, decoder.cache.v):
+            assert k.nbytes == 2 * columns * full * dtype.itemsize
+            assert v.nbytes == 2 * columns * (min(r, full) if o2 else full) * dtype.itemsize
+            assert k.untyped_storage().nbytes() == k.nbytes and v.untyped_storage().nbytes() == v.nbytes
+        if o3:
+            assert decoder.cache.bytes() == G.estimate(cfg, 2, 3, 9, dtype.itemsize, o2=o2)[0]
+
+
+def test_a_padded_row_caches_what_it_caches_alone(case):
+    """Keys at the row's own positions (the scores alone would not tell: RoPE knows only differences)."""
+    model, rows = case
+    ids, lengths = [row.tolist() for row in rows["unequal"][0]], PROMPTS["unequal"]
+    for o1 in (True, False):
+        together, alone = G.Decoder(model, o1=o1), G.Decoder(model, o1=o1)
+        together.prefill([row[:n] for row, n in zip(ids, lengths)], 1)
+        for b, n in enumerate(lengths):
+            alone.prefill([ids[b][:n]], 1)
+            for a, c in zip(together.cache.k + together.cache.v, alone.cache.k + alone.cache.v):
+                assert (a[b, :, max(lengths) - n:max(lengths)] - c[0, :, :n]).abs().max() < 1e-5
+
+
+class Sizes(TorchDispatchMode):
+    """Numbers in the storages of what operations return, largest first."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.seen.append(t.untyped_storage().nbytes() // t.itemsize)
+        return out
+
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
+
+
+def test_prefill_memory_is_linear_and_decoding_expands_no_cache():
+    torch.manual_seed(0)
+    config = dict(TINY, max_position_embeddings=4096, num_key_value_heads=1, **LOW)
+    with torch.no_grad():
+        decoder = G.Decoder(Llama(parse_config(config)).requires_grad_(False))
+    largest = {}
+    for T in (512, 1024):
+        with Sizes() as sizes:
+            decoder.prefill([[1] * T] * 8, 1)                                           # pieces of 256 columns
+        largest[T] = max(sizes.seen)
+    assert largest[1024] <= 2.1 * largest[512]
+    with Sizes() as sizes:
+        decoder.step(torch.ones(8, dtype=torch.long))
+    cache = {t.numel() for t in decoder.cache.k + decoder.cache.v}
+    others = [n for n in sizes.seen if n not in cache]
+    assert max(others) <= 8 * 4 * 1025                                                  # the scores; expanded keys: 8 times that
+
+
+def test_one_row_product_equals_linear():
+    for m, n in ((10, 7), (11, 7), (64, 33), (66, 33), (32, 5), (1, 1)):
+        x, w = torch.randn(1, 1, n), torch.randn(m, n)
+        matrix = G.Matrix(w)
+        assert torch.equal(matrix.w, w) and matrix(x).shape == (1, 1, m)
+        assert torch.allclose(matrix(x).double(), x.double() @ w.double().T, atol=1e-5)
+        assert torch.allclose(matrix(x.expand(3, 2, n)), matrix(x).expand(3, 2, m), atol=1e-5)
+
+
+def test_alignment_changes_no_logit(case):
+    """What CUDA gets: ranks padded with zeros; the width of the cache stays."""
+    model, rows = case
+    padded = Llama(model.cfg).requires_grad_(False)
+    padded.load_state_dict(model.state_dict())
+    for name, layer in padded.named_modules():
+        if isinstance(layer, G.LowRank) and not name.endswith("v_proj"):
+            G.align(layer)
+            assert layer.U.weight.shape[1] == len(layer.V.weight) and len(layer.V.weight) % 8 == 0
+    ids, expected = rows["unequal"]
+    for b, t, logits in follow(G.Decoder(padded), ids, PROMPTS["unequal"]):
+        assert (logits - expected[b][t]).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------- drawing
+def one(model, ids, steps, **kwargs):
+    """The tokens after one prompt."""
+    return [token for token, in G.generate(G.Decoder(model), [ids], steps, **kwargs)]
 
 
 def test_filters():
@@ -37,32 +227,166 @@ def test_filters():
     assert torch.allclose(G.filtered(logits, top_k=2), torch.tensor([5 / 7, 2 / 7, 0, 0, 0]))
     assert torch.allclose(G.filtered(logits, top_p=0.7), torch.tensor([5 / 7, 2 / 7, 0, 0, 0]))
     assert torch.allclose(G.filtered(logits, top_p=0.71), torch.tensor([0.5, 0.2, 0, 0.15, 0]) / 0.85)
+    assert torch.allclose(G.filtered(logits, top_k=3, top_p=0.83), torch.tensor([10 / 17, 4 / 17, 0, 3 / 17, 0]))
     assert G.filtered(logits, temperature=0).tolist() == [1, 0, 0, 0, 0]
     assert G.filtered(logits, top_p=1e-9).tolist() == [1, 0, 0, 0, 0]
+    assert G.filtered(logits, temperature=1e-40).tolist() == [1, 0, 0, 0, 0]
+    rows = torch.stack((logits, logits.flip(0)))
+    assert torch.equal(G.filtered(rows, 0.7, 4, 0.9), torch.stack([G.filtered(row, 0.7, 4, 0.9) for row in rows]))
 
 
-def test_draws_follow_the_filtered_distribution(tiny):
-    """Chi-squared over 2,000 first tokens at top-k 8: 7 degrees of freedom, 99.9 % quantile 24.3."""
+@pytest.mark.parametrize("temperature,top_k,top_p", [(1.0, 0, 1.0), (0.7, 8, 1.0), (1.3, 0, 0.8)])
+def test_draws_follow_the_filtered_distribution(tiny, temperature, top_k, top_p):
+    """Chi-squared over 20,000 draws; cells below 5 expected draws are joined. Bound: mean + 4 standard deviations of χ²."""
+    logits = Checkpoint(tiny).model()(torch.tensor([[1, 2]]))[0, -1]
+    probs, counts = G.filtered(logits, temperature, top_k, top_p), torch.zeros(64)
+    sampler = G.Sampler([[0]] * 20, 64, 1000, "cpu", temperature, top_k, top_p, seed=1)
+    for _ in range(1000):
+        counts += torch.bincount(sampler(logits.expand(20, 64)), minlength=64)
+    assert counts.sum() == 20000 and counts[probs == 0].sum() == 0
+    expected, order = (20000 * probs).sort(descending=True)
+    cells = int((expected >= 5).sum())
+    e = torch.cat((expected[:cells], expected[cells:].sum()[None]))
+    c = torch.cat((counts[order][:cells], counts[order][cells:].sum()[None]))
+    e, c = e[e > 0], c[e > 0]
+    assert ((c - e) ** 2 / e).sum() < len(e) - 1 + 4 * math.sqrt(2 * (len(e) - 1))
+
+
+def test_repetition_penalty_by_hand():
+    logits = torch.tensor([[2.0, 1.9, -1.0, -1.1], [2.0, 1.9, -1.0, -1.1]])
+    sampler = G.Sampler([[0, 2], [3]], 4, 3, "cpu", temperature=0, penalty=2.0)
+    assert sampler(logits).tolist() == [1, 0]                   # row 0: 1, 1.9, -2, -1.1; row 1: 2, 1.9, -1, -2.2
+    assert sampler(logits).tolist() == [0, 1]                   # row 0: 1, 0.95, -2, -1.1; row 1: 1, 1.9, -1, -2.2
+    assert sampler(-logits).tolist() == [3, 2]                  # row 0: -4, -3.8, 0.5, 1.1; row 1: -4, -3.8, 1, 0.55
+
+
+def test_a_seed_gives_one_text_whatever_stands_beside_it(tiny):
     model = Checkpoint(tiny).model()
-    probs = G.filtered(model(torch.tensor([[1, 2]]))[0, -1], 1.0, 8)
-    counts = torch.zeros(64)
-    for seed in range(2000):
-        counts[next(G.generate(model, [1, 2], 1, top_k=8, seed=seed))] += 1
-    kept = probs > 0
-    assert counts[~kept].sum() == 0
-    assert ((counts - 2000 * probs)[kept] ** 2 / (2000 * probs[kept])).sum() < 24.3
+    draw = lambda seed: one(model, [1], 30, seed=seed)
+    assert draw(0) == draw(0) != draw(1)
+    assert draw(0)[:10] == one(model, [1], 10, seed=0)
+    batch = list(zip(*G.generate(G.Decoder(model), [[7, 8, 9], [1]], 30, seed=0)))
+    assert list(batch[1]) == draw(1)
 
 
-def test_prompts_that_do_not_fit(tiny):
+def test_rows_end_at_eos_at_the_context_and_at_a_stop(tiny):
     model = Checkpoint(tiny).model()
+    tokens = one(model, [1], 20, temperature=0)
+    eos = tokens[4]
+    assert one(model, [1], 20, temperature=0, eos={eos}) == tokens[:tokens.index(eos)]
+    assert list(G.generate(G.Decoder(model), [[1]], 20, temperature=0, eos={tokens[0]})) == []
+    assert len(one(model, [1] * 60, 20)) == 4                                           # context 64
+    rows = list(zip(*G.generate(G.Decoder(model), [[1] * 60, [1]], 20, temperature=0, eos={eos})))
+    assert sum(t is not None for t in rows[0]) <= 4 and [t for t in rows[1] if t is not None] == tokens[:tokens.index(eos)]
+    assert all(later is None for row in rows for now, later in zip(row, row[1:]) if now is None)
+    seen = []
+    stop = lambda row, token: seen.append((row, token)) or len(seen) == 3
+    assert one(model, [1], 20, temperature=0, stop=stop) == tokens[:3] == [token for _, token in seen]
+
+
+def test_logits_that_are_not_finite_are_an_error(tiny):
+    model = Checkpoint(tiny).model()
+    model.lm_head.weight[5, 0] = math.inf
+    with pytest.raises(RuntimeError, match="not finite"):
+        one(model, [1], 5)
+
+
+# ---------------------------------------------------------------------------------------------- bad input, the command
+def test_prompts_that_do_not_fit(tiny, monkeypatch):
+    decoder = G.Decoder(Checkpoint(tiny).model())
     for ids in ([], [1] * 64):
         with pytest.raises(InputError, match="expected 1 to 63"):
-            next(G.generate(model, ids, 5))
+            decoder.prefill([[1], ids], 5)
+    need = sum(G.estimate(decoder.cfg, 3, 5, 15, 4))
+    monkeypatch.setattr(G, "free_bytes", lambda device: need - 1)
+    with pytest.raises(InputError, match=r"3 x 15 tokens need about 0\.\d+ GB"):
+        decoder.prefill([[1] * 5] * 3, 10)
+    monkeypatch.setattr(G, "free_bytes", lambda device: need)
+    decoder.prefill([[1] * 5] * 3, 10)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"GB are free on cpu"):
+        decoder.prefill([[1]] * 10, 10 ** 9)
+
+
+def command(monkeypatch, capsys, *arguments):
+    """generate.main() in this process -> (stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--ckpt", str(ROOT / "demo"), "--device", "cpu", *map(str, arguments)])
+    capsys.readouterr()
+    G.main()
+    return capsys.readouterr()
+
+
+def test_command_stops_counts_and_batches(monkeypatch, capsys, tmp_path):
+    run = lambda *arguments: command(monkeypatch, capsys, *arguments)
+    whole, err = run("--prompt", "def read(self", "--temperature", 0, "--max-new-tokens", 24, "--stats")
+    assert whole.startswith("def read(self") and all(x in err for x in ("24 tokens", "tokens/s after the first", "cache of 1 x"))
+    more = whole[len("def read(self"):-1]
+    stop = more[8:11]
+    cut = run("--prompt", "def read(self", "--temperature", 0, "--max-new-tokens", 24, "--stop", stop, "--stop", "\0")[0]
+    assert cut == "def read(self" + more[:more.index(stop)] + "\n"
+    for off in ("o1", "o2", "o3", "fuse", "graph"):
+        assert run("--prompt", "def read(self", "--temperature", 0, "--max-new-tokens", 24, "--off", off)[0] == whole
+    file = tmp_path / "prompts.txt"
+    file.write_text("import os, sys\n\ndef read(self\n")
+    both = run("--prompt-file", file, "--temperature", 0, "--max-new-tokens", 24)[0]
+    assert both.startswith("--- 1 of 2\nimport os, sys") and both.endswith("--- 2 of 2\n" + whole)
+    assert run("--repetition-penalty", 1.5, "--temperature", 0)[0] != run("--temperature", 0)[0]
+
+
+def test_bad_options(monkeypatch, capsys, tmp_path):
+    (tmp_path / "none.txt").write_text("\n\n")
+    for *arguments, said in (("--temperature", -1, "expected 0 or more"), ("--repetition-penalty", 0, "expected above 0"),
+                             ("--prompt", "", "the prompt is empty"), ("--prompt-file", tmp_path / "none.txt", "has no prompt"),
+                             ("--prompt-file", tmp_path / "absent.txt", "cannot be read"), ("--stop", "", "expected some text"),
+                             ("--prompt", "x " * 600, "below the model's"), ("--max-new-tokens", 0, "expected 1 or more")):
+        with pytest.raises(InputError, match=said):
+            command(monkeypatch, capsys, *arguments)
 
 
 def test_script_streams_text_and_repeats_itself():
-    command = ("generate", "--ckpt", ROOT / "demo", "--prompt", "import ", "--max-new-tokens", 20, "--device", "cpu")
-    one, two = script(*command), script(*command)
-    assert one.returncode == 0 and one.stdout == two.stdout and one.stdout.startswith("import ") and math.isfinite(len(one.stdout))
-    bad = script("generate", "--ckpt", ROOT / "demo", "--temperature", "-1")
-    assert bad.returncode == 2 and "expected 0 or more" in bad.stderr
+    arguments = ("generate", "--ckpt", ROOT / "demo", "--prompt", "import ", "--max-new-tokens", 20, "--device", "cpu")
+    first, again = script(*arguments), script(*arguments)
+    assert first.returncode == 0 and first.stdout == again.stdout and first.stdout.startswith("import ")
+    bad = script("generate", "--ckpt", ROOT / "demo", "--prompt", "")
+    assert bad.returncode == 2 and "the prompt is empty" in bad.stderr
+
+
+# ---------------------------------------------------------------------------------------------- the benchmarks
+def test_shapes_have_the_published_sizes():
+    millions = {name: round(table9.parameters(config) / 1e6) for name, config in SHAPES.items()}
+    assert millions == {"llama-7b": 6738, "tinyllama": 1100, "mistral-7b": 7242, "demo": 6}
+    low = table9.parameters(at_rate(SHAPES["llama-7b"], 0.6)) - 2 * 32000 * 4096
+    assert 0.599 < low / (table9.parameters(SHAPES["llama-7b"]) - 2 * 32000 * 4096) <= 0.6001
+
+
+def test_random_models_are_random():
+    model = random_model(at_rate(SHAPES["demo"], 0.6), dtype=torch.bfloat16)
+    logits = model(torch.arange(2, 40)[None])[0].float()
+    assert logits.isfinite().all() and 0.3 < logits.std() < 3 and len(set(logits.argmax(-1).tolist())) > 20
+
+
+@pytest.mark.parametrize("rate", [None, 0.5])
+def test_flops_are_those_of_the_operations(rate, monkeypatch):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)        # no padded rows
+    config = at_rate(SHAPES["demo"], rate)
+    decoder = G.Decoder(random_model(config))
+    decoder.prefill([[1] * 20], 4)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        decoder.step(torch.tensor([1]))
+    assert counter.get_total_flops() == table9.flops(config, 21)
+
+
+def test_a_row_of_the_tables(capfd):
+    low = at_rate(SHAPES["demo"], 0.6)
+    spec = dict(what="compressed", shape="demo", device="cpu", dtype="float32", batch=2, prompt=5, new_tokens=8, length=13,
+                budget_gb=1, switches=fig4.ALL, config=low, round=0, rate=0.6, eos="off")
+    row = table11.run_row(spec)
+    assert row["cache_bytes"] == G.estimate(parse_config(low), 2, 5, 13, 4)[0]
+    assert 4 * table9.parameters(low) == row["weight_bytes"] < row["peak_bytes"] < row["weight_bytes"] + 3e8
+    base = table11.run_row(spec | dict(what="growing", budget_gb=0.01, config=SHAPES["demo"]))    # not run
+    assert base["oom"] and fig4.ratio([row, base], 2, 13, "us_per_token", "growing") == "B-OOM"
+    assert fig4.ratio([row | dict(oom=True), base], 2, 13, "us_per_token", "growing") == "OOM"
+    with pytest.raises(InputError, match="beyond the shape's context of 512"):
+        table11.run_row(spec | dict(new_tokens=600))

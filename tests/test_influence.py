@@ -11,11 +11,11 @@ from model import LAYERS, READS, Checkpoint, InputError
 
 def sweep(ckpt, windows, signal, dtype=torch.float64, gram=False, eps=1e-6):
     """{(block, key): tensor} of a backward sweep."""
-    inputs, h = [], embed(ckpt, windows, dtype)
-    for _ in forward_sweep(ckpt, h, "cpu", keep=inputs):
+    inputs = {}
+    for _ in forward_sweep(ckpt, embed(ckpt, windows, dtype), "cpu", keep=inputs):
         pass
-    inputs.append(h)
-    return {(l, key): value for l, stats in R.backward_sweep(ckpt, windows, inputs, "cpu", signal, eps, gram)
+    g = R.start_gradient(ckpt, windows, inputs.pop(ckpt.cfg.n_layers), "cpu", signal, eps)
+    return {(l, key): value for l, stats in R.backward_sweep(ckpt, inputs, g, "cpu", signal, eps, gram)
             for key, value in stats.items()}
 
 
@@ -180,12 +180,11 @@ def test_fp16_is_refused_for_lrp_only(tiny, windows):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_cuda_equals_cpu(tiny, windows):
-    ckpt, inputs = Checkpoint(tiny), []
-    h = embed(ckpt, windows, torch.float32)
-    for _ in forward_sweep(ckpt, h, "cuda", keep=inputs):
+    ckpt, inputs = Checkpoint(tiny), {}
+    for _ in forward_sweep(ckpt, embed(ckpt, windows, torch.float32), "cuda", keep=inputs):
         pass
-    inputs.append(h)
+    g = R.start_gradient(ckpt, windows, inputs.pop(ckpt.cfg.n_layers), "cuda")
     expected = sweep(ckpt, windows, "lrp", torch.float32, gram=True)
-    for l, stats in R.backward_sweep(ckpt, windows, inputs, "cuda", "lrp", gram=True):
+    for l, stats in R.backward_sweep(ckpt, inputs, g, "cuda", "lrp", gram=True):
         for key, value in stats.items():
             assert distance(value.cpu(), expected[l, key]) < 1e-3

@@ -118,7 +118,7 @@ def test_writer_shards_and_reads_back(tiny, tmp_path, monkeypatch, windows):
     ckpt = Checkpoint(tiny)
     with Writer(tmp_path / "out", 0) as writer:
         for name in ckpt.names:
-            writer.add(name, ckpt.tensor(name))
+            writer.add(f"model-{name}.safetensors", {name: ckpt.tensor(name)})
         writer.finish(ckpt.raw | {"air": {}})
     again = Checkpoint(tmp_path / "out")
     assert len(again.files) > 2 and (tmp_path / "out" / "model.safetensors.index.json").exists()
@@ -129,7 +129,7 @@ def test_writer_shards_and_reads_back(tiny, tmp_path, monkeypatch, windows):
 def test_writer_leaves_nothing_when_interrupted(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         with Writer(tmp_path / "out", 0) as writer:
-            writer.add("x", torch.ones(3))
+            writer.add("model-x.safetensors", {"x": torch.ones(3)})
             raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
 
@@ -148,7 +148,7 @@ def test_writer_replaces_only_compressed_checkpoints(tmp_path):
             1 / 0
     assert (out / "thesis.tex").exists()                    # the old one stays until the new one is whole
     with Writer(out, 0, overwrite=True) as writer:
-        writer.add("x", torch.ones(3))
+        writer.add("model-x.safetensors", {"x": torch.ones(3)})
         writer.finish({"air": {"new": 1}})
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
 
@@ -158,4 +158,4 @@ def test_writer_refuses_a_small_disk_and_overflow(tmp_path):
         Writer(tmp_path / "out", 1e18)
     assert not list(tmp_path.iterdir())
     with Writer(tmp_path / "out", 0) as writer, pytest.raises(RuntimeError, match="not finite"):
-        writer.add("x", torch.tensor([1e6]).half())
+        writer.add("model-x.safetensors", {"x": torch.tensor([1e6]).half()})

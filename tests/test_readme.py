@@ -18,12 +18,6 @@ def test_equation_table_points_at_its_lines():
         assert f"def {test}(" in (ROOT / "tests" / test_file).read_text("utf-8")
 
 
-def test_table_2_is_the_committed_json():
-    from experiments.table2 import markdown
-    result = json.loads((ROOT / "experiments" / "results" / "table2-demo.json").read_text())
-    assert markdown(result) in README
-
-
 def test_speed_figures_are_the_committed_json():
     speed = json.loads((ROOT / "experiments" / "results" / "speed.json").read_text())
     section = README.split("## Speed")[1].split("## Conventions")[0]

@@ -1,0 +1,305 @@
+"""experiments/: means and verdicts, compression in memory, resuming, the README's blocks, the committed results."""
+import importlib
+import json
+import math
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, distance, script, write_checkpoint
+
+import air
+from air import als_sweep, normalise, profile
+from calibrate import digest
+from eval_ppl import evaluate
+from experiments import common
+from experiments.common import Lab, compare, compress, find, mean_spread, refresh, score, show, solver
+from model import LAYERS, Checkpoint
+
+SCRIPTS = ("table2", "table7", "table8", "fig1", "fig2", "fig3", "fig5", "fig6", "a6", "open_questions")
+RESULTS = ROOT / "experiments" / "results"
+CPU, FP32 = torch.device("cpu"), torch.float32
+
+
+# ---------------------------------------------------------------------------------------------- means and words
+def test_mean_and_spread_by_hand():
+    assert mean_spread([2.0, 4.0, 9.0]) == (5.0, math.sqrt((9 + 1 + 16) / 2))
+    assert mean_spread([2.0, 4.0, 9.0])[1] == pytest.approx(statistics.stdev([2.0, 4.0, 9.0]))
+    assert mean_spread([7.0]) == (7.0, None)
+    assert show([22.0, 23.0, 24.0]) == "23.00 ± 1.00" and show([7.0]) == "7.00" and show([1500.0, 2500.0]) == "2,000 ± 707.1"
+
+
+def test_no_difference_is_a_paired_mean_within_its_spread():
+    # The levels of the seeds are far apart; paired, 1 % below at each of them is a difference.
+    assert compare([99.0, 198.0, 396.0], [100.0, 200.0, 400.0]) == (pytest.approx(-1), pytest.approx(0, abs=1e-9), "lower")
+    mean, spread, word = compare([102.0, 99.0, 101.0], [100.0, 100.0, 100.0])           # +2, -1, +1: mean 2/3, spread 1.53
+    assert (mean, spread, word) == (pytest.approx(2 / 3), pytest.approx(math.sqrt(7 / 3)), "no difference")
+    assert compare([103.0, 101.0, 102.0], [100.0])[2] == "higher"                       # one value stands for every seed
+    assert compare([5.0, 6.0], [5.0, 6.0])[2] == "no difference"
+    assert compare([5.0], [4.0])[2] == "undecided" and compare([5.0, None], [4.0, 4.0])[2] == "undecided"
+
+
+# ---------------------------------------------------------------------------------------------- verdicts, told both ways
+BASE = {"checkpoint": "made-up", "calibs": ["A", "B"], "dense": {"text": 5.0, "text2": 7.0},
+        "texts": {t: {"name": t.upper(), "windows": 1, "of": 1, "seqlen": 8} for t in ("text", "text2")},
+        "calibration": {"text": "A", "samples": 64, "seqlen": 8, "seeds": [3, 4, 5]}}
+
+
+def rows(settings, level):
+    """Rows as Lab.measure returns them: perplexity level(setting) at three seeds."""
+    made = []
+    for setting in settings:
+        values = [level(setting) * seed for seed in (0.9, 1.0, 1.1)]
+        js = [value / 1e4 for value in values]
+        made.append(setting | {"ppl": {"text": values, "text2": values}, "js": {"text": js, "text2": js}, "descent": [0.8] * 3})
+    return BASE | {"rows": made}
+
+
+def grid(**axes):
+    made = [{}]
+    for key, values in axes.items():
+        made = [each | {key: value} for each in made for value in values]
+    return made
+
+
+def cases():
+    """Per script: a result on which every claim of the paper holds, and one on which none does."""
+    rates = (0.8, 0.6, 0.4, 0.2)
+    order = {"svdllm": 100, "asvd": 300, "svd": 500, "fwsvd": 900}
+    gap = {0.8: 0.80, 0.6: 0.75, 0.4: 0.65, 0.2: 0.5}
+    setting = grid(method=("svd", "fwsvd", "asvd", "svdllm", "air"), rate=rates)
+    yield "table2", rows(setting, lambda s: order.get(s["method"], 100 * gap[s["rate"]])), \
+        rows(setting, lambda s: {"svdllm": 1000, "fwsvd": 400, "asvd": 300, "svd": 500}.get(s["method"], 1100))
+    signals = ("ones", "magnitude", "grad", "wxg", "fisher", "lrp", "lrp-all")
+    setting = grid(rate=(0.6, 0.4), signal=signals, scale=("mean", "max100"))
+    yield "table7", rows(setting, lambda s: 120 if s["signal"] in ("ones", "magnitude") else 100), \
+        rows(setting, lambda s: {"ones": 90, "magnitude": 80, "fisher": 130, "lrp-all": 70}.get(s["signal"], 100))
+    ways = [{"order": order, "sweeps": n} for order, n in (("backward", 1), ("forward", 1), ("backward", 2), ("backward", 10))]
+    setting = [{"rate": rate} | way for rate in (0.6, 0.4) for way in ways]
+
+    def sweeps(good):
+        made = rows(setting, lambda s: 100 + (5 if good else -5) * (s["order"] == "forward" or s["sweeps"] > 1))
+        for row in made["rows"]:
+            row["descent"] = [0.9 - (0.01 if good else -0.01) * row["sweeps"]] * 3
+        return made
+    yield "table8", sweeps(True), sweeps(False)
+    setting = grid(method=("air",), rate=(0.6, 0.4), delta=(0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0))
+    yield "fig3", rows(setting, lambda s: 100 + abs(s["delta"] - 2)), rows(setting, lambda s: 300 - s["delta"])
+    setting = grid(method=("svdllm", "air"), samples=(4, 8, 16, 32, 64, 128))
+    yield "fig5", rows(setting, lambda s: (100 if s["method"] == "svdllm" else 80) + 100 / s["samples"]), \
+        rows(setting, lambda s: (100 if s["method"] == "svdllm" else 120) + 100 / s["samples"])
+    setting = grid(method=("svdllm", "air"), calib=("A", "B"))
+    yield "a6", rows(setting, lambda s: 80 if s["method"] == "air" else 100), rows(setting, lambda s: 100)
+    setting = grid(variant=("default", "reversed", "random", "energy", "symmetric", "wxg", "profiled", "max100"), rate=(0.6, 0.4))
+    yield "open_questions", rows(setting, lambda s: {"symmetric": 90, "profiled": 90}.get(s["variant"], 100)), \
+        rows(setting, lambda s: {"reversed": 110, "symmetric": 110, "profiled": 110, "max100": 90}.get(s["variant"], 100))
+    def curve(infl, act, rise):
+        return {name: {"rank": 2, "updates": [0, 1, 2], "infl": infl, "act": act, "rise": rise} for name in LAYERS}
+    more = {"block": 1, "layer": LAYERS[0]}
+    yield "fig1", BASE | more | {"curves": [curve([1, 0.8, 0.7], [1, 1.1, 1.2], -0.1)] * 3}, \
+        BASE | more | {"curves": [curve([1, 0.98, 0.7], [1, 0.9, 0.8], 1e-3)] * 3}
+    kinds = ("weights random", "weights outliers", "activations random", "activations outliers")
+    yield "fig2", BASE | {"spearman": dict(zip(kinds, ([0.4] * 3, [0.1] * 3, [0.1] * 3, [-0.1] * 3)))}, \
+        BASE | {"spearman": dict(zip(kinds, ([0.9] * 3, [0.5] * 3, [0.3] * 3, [-0.3] * 3)))}
+
+    def maps(influence, mlp, rho):
+        kinds = {"weight": 0.1, "weight influence": influence, "activation": 0.1, "activation influence": 1.0}
+        spread = {row: {name: value * (mlp if row == "weight influence" and name.startswith("mlp") else 1) for name in LAYERS}
+                  for row, value in kinds.items()}
+        return BASE | {"block": 2, "cell": 8, "variation": spread,
+                       "spearman": {row: dict.fromkeys(LAYERS, rho) for row in ("weight", "activation")}}
+    yield "fig6", maps(0.3, 2.0, 0.2), maps(0.09, 0.5, 0.9)
+
+
+@pytest.mark.parametrize("name,true,false", list(cases()), ids=lambda x: x if isinstance(x, str) else "")
+def test_verdicts_tell_true_from_false(name, true, false):
+    module = importlib.import_module(f"experiments.{name}")
+    assert [v["claim"] for v in module.verdicts(true) if v["holds"] is not True] == []
+    assert [v["claim"] for v in module.verdicts(false) if v["holds"] is not False] == []
+    for result in (true, false):                                            # and the block says so in words
+        text = common.block(module, result)
+        assert ("does not hold" in text) == (result is false) and "| " in text
+
+
+def test_one_seed_decides_nothing():
+    module = importlib.import_module("experiments.table7")
+    result = next(true for name, true, _ in cases() if name == "table7")
+    for row in result["rows"]:
+        row["ppl"] = {"text": row["ppl"]["text"][:1]}
+    assert {v["holds"] for v in module.verdicts(result)} == {None}
+
+
+def test_the_crossing_is_interpolated_in_the_logarithm():
+    from experiments.fig5 import crossing
+    level = {("svdllm", 16): 50, ("svdllm", 64): 40, ("air", 16): 45, ("air", 64): 35}
+    setting = grid(method=("svdllm", "air"), samples=(16, 64))
+    n, fewest = crossing(rows(setting, lambda s: level[s["method"], s["samples"]]))
+    assert n == pytest.approx(32) and not fewest                            # halfway from 45 to 35, and from 16 to 64
+    assert crossing(rows(setting, lambda s: 100 - s["samples"] + 80 * (s["method"] == "air"))) is None
+
+
+# ---------------------------------------------------------------------------------------------- in memory, and again
+@pytest.fixture
+def lab(tmp_path):
+    write_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16)
+    np.save(tmp_path / "ids.npy", np.random.RandomState(0).randint(0, 64, size=2000))
+    usual = {"ckpt": str(tmp_path / "tiny"), "calib": str(tmp_path / "ids.npy"), "samples": 6, "seqlen": 16, "windows": 5,
+             "seeds": "3,4", "work": tmp_path / "work", "results": tmp_path}
+    return lambda **more: Lab("test", **usual | more)
+
+
+@pytest.mark.parametrize("method", ("air", "svdllm", "fwsvd", "asvd", "svd"))
+def test_in_memory_equals_what_air_writes(lab, tmp_path, method, monkeypatch):
+    """The same perplexity and divergence from air.py's folder by eval_ppl.evaluate."""
+    here = lab(device="cpu")
+    row, = here.measure([{"method": method, "rate": 0.5}], js=True)
+    # The kept statistics: for methods without a signal air.py would take ΣXXᵀ from a forward sweep, last digits apart.
+    stats = [] if method == "svd" else ["--stats", *here.work.glob(f"stats-{digest(here.calibration(3))[:16]}-*")]
+    monkeypatch.setattr(sys, "argv", ["air.py", *map(str, (
+        "--ckpt", tmp_path / "tiny", "--calib", tmp_path / "ids.npy", "--samples", 6, "--seqlen", 16, "--rate", 0.5,
+        "--method", method, "--text", "none", "--out", tmp_path / "out", "--quiet", "--device", "cpu", *stats))])
+    air.main()
+    there = evaluate(Checkpoint(tmp_path / "out"), here.evaluation("text"), CPU, FP32, against=here.ckpt)
+    assert row["ppl"]["text"][0] == pytest.approx(there["ppl"], rel=1e-6)
+    assert row["js"]["text"][0] == pytest.approx(there["js"], rel=1e-4)
+    assert here.dense("text") == pytest.approx(evaluate(here.ckpt, here.evaluation("text"), CPU, FP32)["ppl"], rel=1e-6)
+
+
+def test_biases_and_tied_embeddings_survive_in_memory(tmp_path, windows):
+    ckpt = Checkpoint(write_checkpoint(tmp_path / "q", architectures=["Qwen2ForCausalLM"], tie_word_embeddings=True))
+    small, _ = compress(ckpt, ((l, {}) for l in range(ckpt.cfg.n_layers)), 0.5, solver({"method": "svd"}), CPU)
+    logits = small.model(CPU, FP32)(windows)[:, :-1]
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert score(small, windows, CPU, FP32)["ppl"] == pytest.approx(nll.exp().item(), rel=1e-5)
+    bias = "model.layers.0.self_attn.q_proj.U.bias"
+    assert torch.equal(small.tensor(bias), ckpt.tensor(bias.replace(".U", "")))
+
+
+def test_a_finished_cell_is_not_computed_again_but_a_changed_checkpoint_is(lab, tmp_path, monkeypatch):
+    settings = [{"method": "air", "rate": 0.5}, {"method": "svd", "rate": 0.5}]
+    first, calls = lab().measure(settings), []
+    monkeypatch.setattr(common, "compress", lambda *args: calls.append(args[2]) or compress(*args))
+    assert lab().measure(settings) == first and calls == []
+    with open(lab().path, "a") as f:
+        f.write('["half a li')                                              # killed while it wrote
+    assert len(first[0]["ppl"]["text"]) == 2 and len(first[1]["ppl"]["text"]) == 1
+    assert find(lab().measure([*settings, {"method": "air", "rate": 0.6}]), rate=0.6) and calls == [0.6, 0.6]
+    again = lab().measure([*settings, {"method": "air", "rate": 0.6}], js=True)     # the divergence was not measured yet
+    assert len(calls) == 2 + 5 and [row["ppl"] for row in again[:2]] == [row["ppl"] for row in first]
+    calls.clear()
+    write_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16, seed=1)
+    changed = lab().measure(settings)
+    assert len(calls) == 3 and changed[0]["ppl"] != first[0]["ppl"]
+
+
+def test_evaluation_windows_are_evenly_spaced_and_all_of_them_for_0(lab):
+    every, some = lab(windows=0).evaluation("text"), lab().evaluation("text")
+    assert len(every) == 125 and torch.equal(some, every[[0, 31, 62, 93, 124]])
+
+
+def test_the_second_text_is_held_out_by_file(tmp_path):
+    train, test = (Path(common.torch_nn(split, tmp_path)).read_text("utf-8") for split in ("train", "test"))
+    files = [path.read_text("utf-8") for path in Path(torch.nn.__file__).parent.rglob("*.py")]
+    files = [text for text in files if len(text) > 200]
+    assert all((text in train) != (text in test) for text in files) and 0.02 < len(test) / len(train) < 0.3
+
+
+# ---------------------------------------------------------------------------------------------- variants of the open questions
+def test_reordered_inputs_change_nothing_without_influence():
+    """With I = 1 any order of inputs, and a symmetric root, reach SVD-LLM(W)'s optimum."""
+    from experiments.open_questions import reordered, symmetric
+    g = torch.Generator().manual_seed(0)
+    X, W = torch.randn(12, 40, generator=g, dtype=torch.float64), torch.randn(9, 12, generator=g, dtype=torch.float64)
+    S, I = profile(X @ X.T)[0], torch.ones(9, 12, dtype=torch.float64)
+    Ub, s, Vb = torch.linalg.svd(W @ S)
+    best = (Ub[:, :4] * s[:4]) @ Vb[:4] @ torch.linalg.inv(S)
+    for U, V, _ in (reordered(W, S, I, 4, torch.randperm(12, generator=g)), symmetric(W, S, I, 4)):
+        assert distance(U @ V, best) < 1e-9
+
+
+def test_profiled_influence_is_the_gradient_of_the_profiled_weight(lab):
+    """Against autograd through W = W' S⁻¹, one layer at a time."""
+    from experiments.open_questions import profiled
+    here = lab()
+    windows = here.calibration(3)[:2]
+    stats, model, name = dict(profiled(here, windows)), here.ckpt.model(CPU, FP32), "mlp.up_proj"
+    S = profile(stats[1]["mlp.gate_proj.gram"])[0].float()
+    layer, wanted = model.get_submodule(f"model.layers.1.{name}"), 0
+    profiled_weight = (layer.weight @ S).detach().requires_grad_()
+    for ids in windows.split(1):
+        weights = {f"model.layers.1.{name}.weight": profiled_weight @ torch.linalg.inv(S)}
+        logits = torch.func.functional_call(model, weights, (ids,))
+        grad, = torch.autograd.grad(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]), profiled_weight)
+        wanted = wanted + (grad * profiled_weight.detach()).abs()
+    assert distance(stats[1][f"{name}.profiled"], wanted) < 1e-3
+
+
+def test_relevance_of_activations_is_output_times_gradient(lab):
+    """R = z ⊙ g of a layer's output, against a hook that sees z before the ε-rule's factor z / (z + ε·sign z)."""
+    from experiments.fig2 import activations
+    from influence import lrp_rules
+    here = lab()
+    ids, name = here.calibration(3)[:1], "model.layers.1.mlp.down_proj"
+    model, ops, kept = here.ckpt.model(CPU, FP32), lrp_rules(), {}
+    model.get_submodule(name).register_forward_hook(lambda m, x, y: kept.setdefault("z", y.requires_grad_()))
+    target = model(ids, ops)[0, -1].max()
+    g, = torch.autograd.grad(target, kept["z"])
+    z = kept["z"]
+    scale = z / (z + 1e-6 * z.sign())
+    A, R = activations(here.ckpt, ids, CPU, FP32)[name]
+    assert distance(A, z.detach().abs()) < 1e-6 and distance(R * scale.detach().abs(), (z * g).detach().abs()) < 1e-4
+
+
+def test_fig1_curves_end_where_one_sweep_ends():
+    from experiments.fig1 import curves
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(10, 8, generator=g, dtype=torch.float64)
+    I = normalise(torch.rand(10, 8, generator=g, dtype=torch.float64) ** 4)
+    S = torch.linalg.cholesky(torch.cov(torch.randn(8, 50, generator=g, dtype=torch.float64)))
+    c = curves(W, S, I, 5)
+    P, (U, s, V) = 1 + 2 * I, torch.linalg.svd(W @ S, full_matrices=False)
+    start = (P * (W @ S - (U[:, :5] * s[:5]) @ V[:5]) ** 2).sum()
+    U, s, V = als_sweep(W @ S, P, U[:, :5], s[:5], V[:5], range(4, -1, -1))
+    end = (P * (W @ S - (U * s) @ V) ** 2).sum()
+    assert c["infl"][-1] == pytest.approx((end / start).item(), abs=1e-6) and c["updates"] == [0, 1, 2, 3, 4, 5] and c["rise"] < 0
+
+
+# ---------------------------------------------------------------------------------------------- README and committed results
+def test_markers_are_refreshed_and_nothing_else(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- fig3 -->\nold\nold\n<!-- /fig3 -->\nb\n<!-- fig5 -->\nkept\n<!-- /fig5 -->\n", "utf-8")
+    refresh("fig3", "| new \\1 |", tmp_path)
+    assert readme.read_text("utf-8") == "a\n<!-- fig3 -->\n| new \\1 |\n<!-- /fig3 -->\nb\n<!-- fig5 -->\nkept\n<!-- /fig5 -->\n"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_readme_and_committed_results_agree(name):
+    """The block between a script's markers, wherever a README has them, is made from its committed JSON; so are its verdicts."""
+    module = importlib.import_module(f"experiments.{name}")
+    result = json.loads((RESULTS / f"{name}-demo.json").read_text("utf-8"))
+    assert result["verdicts"] == module.verdicts(result)
+    texts = [(ROOT / path).read_text("utf-8") for path in ("README.md", "experiments/README.md")]
+    blocks = [block for text in texts for block in re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, re.S)]
+    assert blocks and all(each == common.block(module, result) for each in blocks)
+
+
+def test_the_main_readme_has_the_short_table_and_every_claim():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    table2 = importlib.import_module("experiments.table2")
+    result = json.loads((RESULTS / "table2-demo.json").read_text("utf-8"))
+    assert f"<!-- table2-short -->\n{table2.short(result)}\n<!-- /table2-short -->" in readme
+    assert f"<!-- claims -->\n{common.claims(RESULTS)}\n<!-- /claims -->" in readme
+
+
+def test_committed_results_are_of_one_checkpoint_the_bundled_one():
+    prints = {json.loads((RESULTS / f"{name}-demo.json").read_text("utf-8"))["fingerprint"] for name in SCRIPTS}
+    assert prints == {Checkpoint(ROOT / "demo").fingerprint()}
+
+
+def test_a_script_runs_alone_and_says_what_is_wrong(tmp_path):
+    done = script("experiments/a6", "--ckpt", ROOT / "demo", "--seeds", "three", "--work", tmp_path, "--results", tmp_path)
+    assert done.returncode == 2 and "--seeds is three" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,67 @@
+"""fast.py gives what air.py's readable lines give."""
+import pytest
+import torch
+
+import air
+import fast
+from conftest import distance
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))]
+
+
+def with_spectrum(m, n, sigma, seed=0):
+    """A matrix (m, n) in fp32 whose singular values are sigma (min(m, n),), to rounding."""
+    g = torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(size, len(sigma), generator=g, dtype=torch.float64)).Q for size in (m, n))
+    return ((U * sigma) @ V.T).float()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("m, n, k", [(300, 300, 90), (500, 300, 111), (200, 420, 81), (300, 300, 20), (300, 300, 300)])
+@pytest.mark.parametrize("decay, outliers", [(0.1, ()), (1, ()), (3, ()), (1, (300, 100, 30, 10)), (3, (1000, 900)), (8, ()), (0, ())])
+def test_truncated_svd_is_optimal(m, n, k, decay, outliers, device):
+    """The energy it leaves is the least possible (LAPACK in fp64) to 1e-6, or at least no worse than the fp32 SVD leaves.
+
+    Spectra from flat to steep, with and without a few directions of 1e6 times the energy, whose square fp32 cannot hold.
+    """
+    sigma = torch.logspace(0, -decay / 2, min(m, n), dtype=torch.float64)
+    sigma[:len(outliers)] = torch.tensor(outliers, dtype=torch.float64)
+    W = with_spectrum(m, n, sigma)
+    least = torch.linalg.svdvals(W.double())[k:].square().sum()
+
+    def excess(U, sigma, Vh):
+        left = (W.double() - (U * sigma).double().cpu() @ Vh.double().cpu()).square().sum()
+        return ((left - least) / (least + 1e-12 * W.double().square().sum())).item()
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    factors = fast.truncated_svd(W.to(device), k)
+    assert excess(*factors) < max(1e-6, 1.2 * excess(U[:, :k], S[:k], Vh[:k]))
+    # One side is W times eigenvectors, orthogonal only to rounding over λ_k/λ₁; neither factors nor sweep need more.
+    assert (factors[2] @ factors[2].T - torch.eye(k, device=device)).abs().max() < 2e-3 and (factors[1] >= 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("m, n, k, block", [(60, 40, 17, 8), (40, 60, 8, 8), (50, 50, 5, 8), (64, 48, 20, 1), (30, 50, 20, 3)])
+def test_als_sweep_is_air_pys(m, n, k, block, order, device):
+    g = torch.Generator().manual_seed(k)
+    Wp = torch.randn(m, n, generator=g, dtype=torch.float64).to(device)
+    P = 1 + 2 * torch.rand(m, n, generator=g, dtype=torch.float64).pow(6).to(device) * 7
+    start, ranks = air.truncated_svd(Wp, k), range(k)[::order]
+    expected, got = air.als_sweep(Wp, P, *start, ranks), fast.als_sweep(Wp, P, *start, ranks, block)
+    assert all(distance(a.cpu(), b.cpu()) < 1e-10 for a, b in zip(got, expected))
+    assert air.objective(Wp, P, *got) < air.objective(Wp, P, *start)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_air_on_a_wide_layer_is_the_same_either_way(monkeypatch, device):
+    """The factors' product through fast.py and through the plain lines, fp32: 1e-4; the loss falls either way."""
+    g = torch.Generator().manual_seed(5)
+    W, X = torch.randn(192, 256, generator=g).to(device), torch.randn(1000, 256, generator=g) * torch.logspace(1, -2, 256)
+    S, _ = air.profile((X.T @ X).to(device))
+    I, products = torch.rand(192, 256, generator=g).pow(8).to(device), []
+    for width in (float("inf"), 1):
+        monkeypatch.setattr(air, "FAST_FROM", width)
+        U, V, losses = air.air(W, S, air.normalise(I), 60)
+        assert losses[2] < losses[1]
+        products.append((U @ V).cpu())
+    assert distance(products[1], products[0]) < 1e-4

@@ -1,0 +1,204 @@
+"""large.py and what rests on it: block inputs on disk, several processes, interruptions."""
+import json
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import air
+import large
+from conftest import ROOT, distance, write_checkpoint
+from model import Checkpoint, Folder, InputError
+
+AIR = (sys.executable, str(ROOT / "air.py"))
+
+
+def start(*arguments, command=AIR):
+    return subprocess.Popen([*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*arguments, command=AIR):
+    process = start(*arguments, command=command)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def job(tmp_path):
+    """A checkpoint of 5 blocks, 7 windows of 24 tokens, and the arguments of a run over both."""
+    ckpt = write_checkpoint(tmp_path / "ckpt", num_hidden_layers=5)
+    np.save(tmp_path / "w.npy", np.random.RandomState(1).randint(0, 64, size=(7, 24)))
+    return ("--ckpt", ckpt, "--calib", tmp_path / "w.npy", "--rate", 0.5, "--device", "cpu", "--text", "none")
+
+
+# ---- the manifest
+
+
+def test_folder_counts_only_what_its_manifest_names(tmp_path):
+    folder = Folder(tmp_path / "f", {"seed": 3})
+    folder.save("a.safetensors", {"x": torch.arange(5)}, note=[1, 2])
+    folder.save("b.safetensors", {"x": torch.ones(2)})
+    folder.forget(["a.safetensors"])
+    (tmp_path / "f" / "c.safetensors").write_bytes(b"left by something else")
+    again = Folder(tmp_path / "f", {"seed": 3})
+    assert list(again.files) == ["b.safetensors"] and torch.equal(again.load("b.safetensors")["x"], torch.ones(2))
+    assert not (tmp_path / "f" / "a.safetensors").exists()
+    with pytest.raises(InputError, match=r"another seed \(3 there, 4 now\)"):
+        Folder(tmp_path / "f", {"seed": 4})
+    (tmp_path / "f" / "b.safetensors").write_bytes(b"x")
+    with pytest.raises(InputError, match="b.safetensors is not the file that was written"):
+        again.load("b.safetensors")
+
+
+# ---- interruptions
+
+
+def killed_and_run_again(arguments, out, moments, undisturbed):
+    """Kill the run at each moment (a fraction of its length), run it again, and compare the file with an undisturbed one's."""
+    done = 0
+    for moment in moments:
+        process = start(*arguments, "--out", out)
+        time.sleep(moment)
+        done += process.poll() is None
+        process.kill()
+        process.communicate()
+        assert not out.exists() or Checkpoint(out)              # never a part of a checkpoint under the final name
+        code, _, err = finish(*arguments, "--out", out, "--overwrite")
+        assert code == 0, err
+        assert (out / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+        assert (out / "config.json").read_text() == (undisturbed / "config.json").read_text()
+        yield err
+        subprocess.run(["rm", "-r", out])
+    assert done > len(moments) / 2
+
+
+def test_killed_at_any_moment_it_goes_on(job, tmp_path):
+    """SIGKILL at random moments, statistics folder and spilled inputs emptied between the moments; the file is bit-identical."""
+    before = time.time()
+    assert finish(*job, "--out", tmp_path / "undisturbed")[0] == 0
+    length, rng = time.time() - before, random.Random(0)
+    stats, spill, errors = tmp_path / "stats", tmp_path / "spill", []
+    moments = [rng.uniform(0.55, 1.0) * length for _ in range(5)]           # before that Python is still importing
+    for err in killed_and_run_again((*job, "--stats", stats, "--spill", spill), tmp_path / "out", moments, tmp_path / "undisturbed"):
+        errors.append(err)
+        subprocess.run(["rm", "-rf", stats, spill])
+        assert not (tmp_path / "out.partial").exists()
+
+
+def stopped(monkeypatch, job, extra, after, what="save"):
+    """Run air.main in this process and stop it, as a kill would, before the `after`-th file of a Folder is saved."""
+    saved, save = [], Folder.save
+
+    class Killed(BaseException):
+        pass
+
+    def counted(self, name, *rest, **more):
+        if len(saved) == after:
+            raise Killed
+        saved.append(name)
+        save(self, name, *rest, **more)
+    monkeypatch.setattr(Folder, "save", counted)
+    monkeypatch.setattr(sys, "argv", ["air.py", *map(str, (*job, *extra))])
+    try:
+        air.main()
+    except Killed:
+        pass
+    monkeypatch.setattr(Folder, "save", save)
+    return saved
+
+
+@pytest.mark.parametrize("spill", [False, True])
+def test_stopped_before_any_file_it_goes_on_without_doing_it_twice(job, tmp_path, monkeypatch, spill):
+    """Every point between two files: what was finished is not computed again, and the result is bit-identical."""
+    monkeypatch.setattr(sys, "argv", ["air.py", *map(str, (*job, "--out", tmp_path / "undisturbed", "--quiet"))])
+    air.main()
+    expected = (tmp_path / "undisturbed" / "model.safetensors").read_bytes()
+    extra = lambda i: ["--out", tmp_path / f"o{i}", "--stats", tmp_path / f"s{i}", "--quiet",           # noqa: E731
+                       *(["--spill", tmp_path / f"p{i}"] if spill else [])]
+    whole = stopped(monkeypatch, job, extra("all"), 10**9)
+    for i in range(0, len(whole), 3 if spill else 2):
+        first = stopped(monkeypatch, job, extra(i), i)
+        second = stopped(monkeypatch, job, extra(i), 10**9)
+        assert first == whole[:i] and sorted(second) == sorted(whole[i:]), (i, second)
+        assert (tmp_path / f"o{i}" / "model.safetensors").read_bytes() == expected
+        assert not list((tmp_path / f"s{i}").glob("gradient*"))
+
+
+def test_other_arguments_are_refused_and_named(job, tmp_path, monkeypatch):
+    extra = ["--out", tmp_path / "o", "--stats", tmp_path / "s", "--quiet"]
+    stopped(monkeypatch, job, extra, 4)
+    for options, named in ((("--rate", 0.4), "rate (0.5 there, 0.4 now)"), (("--delta", 3), "delta (2.0 there, 3.0 now)"),
+                           (("--layers", "0:2"), "layers (: there, 0:2 now)")):
+        code, _, err = finish(*job, *extra, *options)
+        assert code == 2 and f"another {named}" in err and err.count("\n") == 1
+    np.save(tmp_path / "w.npy", np.random.RandomState(2).randint(0, 64, size=(7, 24)))
+    code, _, err = finish(*job, *extra)
+    assert code == 2 and "another windows" in err
+    assert (tmp_path / "o.partial").exists()
+
+
+# ---- block inputs on disk
+
+
+def test_spilled_inputs_give_the_same_file_and_leave_nothing(job, tmp_path):
+    for options in ((), ("--spill", tmp_path / "spill")):
+        assert finish(*job, *options, "--out", tmp_path / f"out{len(options)}")[0] == 0
+    assert (tmp_path / "out0" / "model.safetensors").read_bytes() == (tmp_path / "out2" / "model.safetensors").read_bytes()
+    assert not [path for path in (tmp_path / "spill").rglob("*") if path.is_file()]
+
+
+def test_the_plan_is_printed_and_refused(job, tmp_path, monkeypatch):
+    code, _, err = finish(*job, "--out", tmp_path / "out", "--stats", tmp_path / "s")
+    assert code == 0 and "plan: about" in err and "GB of memory" in err and "statistics" in err
+    monkeypatch.setattr(large, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(sys, "argv", ["air.py", *map(str, job), "--out", str(tmp_path / "o2")])
+    with pytest.raises(InputError, match="--spill DIR keeps block inputs on disk"):
+        air.main()
+    assert not list(tmp_path.glob("o2*"))
+
+
+# ---- several processes
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_give_one_processs_result(job, tmp_path, world):
+    """7 windows and 5 blocks divide evenly by neither; sums agree to 1e-6, and so do the factors' products."""
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world), str(ROOT / "air.py"))
+    for command, name in ((AIR, "one"), (torchrun, "many")):
+        code, out, err = finish(*job, "--dtype", "float32", "--out", tmp_path / name, "--stats", tmp_path / f"s_{name}",
+                                "--json", tmp_path / f"{name}.json", command=command)
+        assert code == 0, err
+        assert out.count("parameters (") == 1
+    for path in sorted((tmp_path / "s_one").glob("block*")):
+        a, b = load_file(path), load_file(tmp_path / "s_many" / path.name)
+        assert a.keys() == b.keys() and all(distance(b[key], a[key]) < 1e-6 for key in a)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "many"))
+    assert a.keys() == b.keys()
+    for layer in Checkpoint(tmp_path / "one").cfg.ranks:
+        assert distance(b[layer + ".U.weight"] @ b[layer + ".V.weight"], a[layer + ".U.weight"] @ a[layer + ".V.weight"]) < 1e-4
+    one, many = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "many"))
+    assert many["ranks"] == one["ranks"] and many["loss"].keys() == one["loss"].keys()
+
+
+def test_one_process_dying_ends_all(job, tmp_path):
+    """Process 1 of 2 meets a broken disk: the run ends with its reason, and no target appears."""
+    wrapper = tmp_path / "air_broken.py"
+    wrapper.write_text(f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import air\n"
+                       "def broken(*a, **k): raise OSError(5, 'Input/output error')\n"
+                       "if os.environ['RANK'] == '1': air.solve_block = broken\n"
+                       "air.run(air.main)\n")
+    code, _, err = finish(*job, "--out", tmp_path / "out", command=(
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(wrapper)))
+    assert code != 0 and "Input/output error" in err and not (tmp_path / "out").exists()
+
+
+def test_fewer_windows_than_processes(job, tmp_path):
+    np.save(tmp_path / "w.npy", np.zeros((1, 24), dtype=np.int64))
+    code, _, err = finish(*job, "--out", tmp_path / "out", command=(
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "air.py")))
+    assert code != 0 and "1 windows cannot be divided among 2 processes" in err and not (tmp_path / "out").exists()
