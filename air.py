@@ -19,13 +19,11 @@ import numpy
 import torch
 
 import fast
-from calibrate import (add_calibration_arguments, calibration_windows, choose, digest, embed, evaluation_windows,
-                       forward_sweep)
+from calibrate import add_calibration_arguments, calibration_windows, choose, digest, embed, evaluation_windows, forward_sweep
 from eval_ppl import evaluate
 from influence import SIGNALS, backward_sweep, check_signal, start_gradient
-from large import Spill, add_up, divide, end_processes, from_first, gather, plan, processes, start_processes
-from model import (LAYERS, READS, Checkpoint, Folder, InputError, Writer, check_target, parser, pick_device, run,
-                   write_json)
+from large import Spill, add_up, divide, from_first, gather, plan, processes, start_processes
+from model import LAYERS, READS, Checkpoint, Folder, InputError, Writer, check_target, parser, pick_device, run, write_json
 
 FAST_FROM = 1024        # from this width on, fast.py computes the same with less work; math.inf keeps to the lines below
 
@@ -165,10 +163,10 @@ def asvd(W, mean_abs, k, alpha=0.5):
 def statistics(ckpt, windows, device, dtype, blocks, signal=None, folder=None, spill=None):
     """Yield (l, stats) for every block in `blocks`: ΣXXᵀ, mean |x| and, for a backward signal, I, one block at a time.
 
-    With a backward signal the Gram matrices come from the forward recomputed in the backward sweep, so neither kind of
-    statistics has to wait for the other. With `folder`, they are kept there, with the gradient between two blocks, and a
-    later run of the same checkpoint, text and dtype goes on from them, whatever its rate, method, signal or δ. With
-    `spill`, block inputs go to that folder instead of memory. Several processes divide the windows.
+    With a backward signal ΣXXᵀ comes from the forward recomputed in the backward sweep: neither statistics wait for the
+    other. With `folder`, they are kept there, with the gradient between two blocks, and a later run of the same checkpoint,
+    text and dtype goes on from them, whatever its rate, method, signal or δ. With `spill`, block inputs go to that folder
+    instead of memory. Several processes divide the windows.
     """
     (rank, world), tokens, last = processes(), windows.numel(), ckpt.cfg.n_layers
     facts = {"checkpoint": ckpt.fingerprint(), "windows": digest(windows), "dtype": str(dtype)} if folder or spill else {}
@@ -185,7 +183,7 @@ def statistics(ckpt, windows, device, dtype, blocks, signal=None, folder=None, s
     elif signal is None:
         sweep = forward_sweep(ckpt, embed(ckpt, windows, dtype), device, gram=True, stop=max(todo) + 1, tokens=tokens)
     else:
-        top = next((l for l in range(max(todo), last) if state(l, signal) in have), None)       # goes on from there
+        top = next((l for l in range(max(todo), last) if world == 1 and state(l, signal) in have), None)    # goes on from there
         stop = last if top is None else top
         start = max((l for l in range(stop + 1) if l in inputs), default=0)
         h = inputs.pop(start) if start in inputs else embed(ckpt, windows, dtype)
@@ -200,16 +198,16 @@ def statistics(ckpt, windows, device, dtype, blocks, signal=None, folder=None, s
         if folder and rank == 0 and l in todo:
             for kind in (kind for kind in kinds if file(l, kind) not in stored.files):
                 stored.save(file(l, kind), {key: x for key, x in stats.items() if key.endswith(f".{signal}") == (kind == signal)})
-        if folder and signal and world == 1 and l:
-            stored.save(state(l - 1, signal), {"g": g})
-            stored.forget([state(each, signal) for each in range(l, last) if state(each, signal) in stored.files])
+        if folder and signal and rank == 0:
+            old = [name for name in stored.files if name.startswith("gradient") and signal in name.split(".")]
+            if world == 1 and l > min(todo):        # several processes do not keep the gradient
+                stored.save(state(l - 1, signal), {"g": g})
+            stored.forget(old)
         if l in todo:
             yield l, stats
         del stats                                   # before the next block's are collected
         if signal and l == min(todo):
             break
-    if folder and signal and rank == 0:
-        stored.forget([name for name in stored.files if name.startswith("gradient") and signal in name.split(".")])
     if signal and spill:
         inputs.remove()
 
@@ -320,36 +318,37 @@ def pick_blocks(text, n):
     return picked
 
 
-def check_rate(rate, ckpt, blocks):
-    """{layer: shape} of what will be decomposed. Raises InputError for a rate outside (0, 1] or one that leaves rank 0."""
+def pick_layers(rate, ckpt, blocks):
+    """{layer: (m, n, rank)} of what will be decomposed. Raises InputError for a rate outside (0, 1] or one that leaves rank 0."""
     if not 0 < rate <= 1:
         raise InputError(f"--rate is {rate}; expected the fraction of parameters to keep, above 0 and at most 1")
-    cut = {f"model.layers.{l}.{name}": ckpt.tensors[f"model.layers.{l}.{name}.weight"][0] for l in blocks for name in LAYERS}
-    for layer, (m, n) in cut.items():
+    shapes = {f"model.layers.{l}.{name}": ckpt.tensors[f"model.layers.{l}.{name}.weight"][0] for l in blocks for name in LAYERS}
+    for layer, (m, n) in shapes.items():
         if rank_at(rate, m, n) < 1:
             raise InputError(f"--rate {rate} leaves {layer} ({m} x {n}) rank 0; expected above {(m + n) / (m * n):.4f}")
-    return cut
+    return {layer: (m, n, rank_at(rate, m, n)) for layer, (m, n) in shapes.items()}
+
+
+def count(ckpt):
+    """Parameters of a checkpoint, from the shapes in its files."""
+    return sum(math.prod(ckpt.tensors[name][0]) for name in ckpt.names)
 
 
 def parse_arguments():
     p = parser(__doc__)
-    p.add_argument("--rate", type=float, default=0.6,
-                   help="fraction of the decomposed layers' parameters that is KEPT (default 0.6)")
+    p.add_argument("--rate", type=float, default=0.6, help="fraction of the layers' parameters that is KEPT (default 0.6)")
     p.add_argument("--method", choices=METHODS, default="air")
     p.add_argument("--delta", type=float, default=2.0, help="influence weighting strength δ of Eq. 4 (default 2)")
     p.add_argument("--sweeps", type=int, default=1, help="ALS sweeps (default 1)")
     p.add_argument("--order", choices=("backward", "forward"), default="backward", help="ranks k-1 to 0 (default), or 0 to k-1")
     p.add_argument("--signal", choices=(*SIGNALS, "ones", "magnitude"), default="lrp", help="what fills the influence matrix "
                    "(default lrp, from the last token's top logit; lrp-all: from every token's)")
-    p.add_argument("--scale", choices=("mean", "max100"), default="mean",
-                   help="of the influence: unit mean (the paper), or mean 1 and maximum 100 (the released code)")
-    p.add_argument("--axis", choices=("in", "out"), default="in",
-                   help="fwsvd: Fisher information summed for each input (default) or output")
+    p.add_argument("--scale", choices=("mean", "max100"), default="mean", help="of I: unit mean; max100: the released code's")
+    p.add_argument("--axis", choices=("in", "out"), default="in", help="fwsvd: Fisher information summed per input or output")
     add_calibration_arguments(p)
     p.add_argument("--text", help="evaluation text, or none (default: the test part of the --calib text; a file as it is)")
     p.add_argument("--layers", default=":", metavar="A:B", help="compress blocks A to B-1 only (default: all)")
-    p.add_argument("--stats", metavar="DIR", help="keep the statistics here and use them again when they are there; "
-                   "a killed run given the same arguments goes on from its finished blocks")
+    p.add_argument("--stats", metavar="DIR", help="keep statistics here and use them again; a killed run goes on where it was")
     p.add_argument("--spill", metavar="DIR", help="keep block inputs here instead of in memory, until they have been used")
     p.add_argument("--out", help="output folder (default: out/NAME-METHOD-RATE)")
     p.add_argument("--overwrite", action="store_true", help="replace an existing output folder once the new one is whole")
@@ -360,18 +359,17 @@ def parse_arguments():
 
 def report_perplexity(dense, written, text, loaded, device, dtype, say):
     """Evaluate both checkpoints, print the two results, and return their part of the JSON."""
-    (windows, _, per_byte), scores, seconds = loaded, [], {}
+    (windows, _, per_byte), scores, seconds = loaded, {}, {}
     for which, ckpt in (("dense", dense), ("compressed", written)):
         start = time.time()
         say(f"perplexity of the {which} model …")
-        scores.append(evaluate(ckpt, windows, device, dtype, tokens_per_byte=per_byte))
+        scores[which] = evaluate(ckpt, windows, device, dtype, tokens_per_byte=per_byte)
         seconds[f"evaluate_{which}"] = time.time() - start
-    ppl = [score["ppl"] for score in scores]
-    print(f"perplexity {ppl[0]:.3f} -> {ppl[1]:.3f}   {text}, {len(windows)} windows of {windows.shape[1]}")
+    ppl = {f"ppl_{which}": score["ppl"] for which, score in scores.items()}
+    print("perplexity {:.3f} -> {:.3f}".format(*ppl.values()) + f"   {text}, {len(windows)} windows of {windows.shape[1]}")
     if per_byte:
-        print("per byte   " + " -> ".join(f"{2 ** score['bits_per_byte']:.4f}" for score in scores))
-    return {"ppl_dense": ppl[0], "ppl_compressed": ppl[1], "text": text, "seqlen": windows.shape[1],
-            "windows": len(windows)}, seconds
+        print("per byte   " + " -> ".join(f"{2 ** score['bits_per_byte']:.4f}" for score in scores.values()))
+    return ppl | {"text": text, "seqlen": windows.shape[1], "windows": len(windows)}, seconds
 
 
 def main():
@@ -389,38 +387,34 @@ def main():
     if args.sweeps < 0 or not 0 <= args.delta < math.inf:
         raise InputError(f"--sweeps is {args.sweeps} and --delta {args.delta}; expected both to be 0 or more")
     blocks = pick_blocks(args.layers, ckpt.cfg.n_layers)
-    cut = check_rate(args.rate, ckpt, blocks)
+    cut = pick_layers(args.rate, ckpt, blocks)
     device, dtype, why = pick_device(args.device, args.dtype)
     signal = args.signal if args.method == "air" and args.signal in SIGNALS else "fisher" if args.method == "fwsvd" else None
     check_signal(signal, dtype)
     calib, samples, seqlen = choose(ckpt, args.calib, args.samples, args.seqlen)
     windows = calibration_windows(calib, ckpt, samples, seqlen, args.seed)
-    text = args.text or calib
-    loaded = None
+    text, loaded = args.text or calib, None
     if text != "none":
-        wanted = args.seqlen if text.endswith(".npy") else seqlen
-        loaded = evaluation_windows(text, ckpt, choose(ckpt, text, None, wanted)[2])
+        loaded = evaluation_windows(text, ckpt, choose(ckpt, text, None, args.seqlen if text.endswith(".npy") else seqlen)[2])
     out = args.out or f"out/{ckpt.name}-{args.method}-{args.rate:g}"
     if args.stats and Path(out).resolve() in (Path(args.stats).resolve(), *Path(args.stats).resolve().parents):
         raise InputError(f"--stats {args.stats} lies inside --out {out}, which is replaced as a whole; give another --stats")
-    dense, whole = (sum(map(math.prod, shapes)) for shapes in ([ckpt.tensors[name][0] for name in ckpt.names], cut.values()))
-    ranks = {layer: rank_at(args.rate, m, n) for layer, (m, n) in cut.items()}
-    need = (dense - whole + sum(ranks[layer] * (m + n) for layer, (m, n) in cut.items())) * ckpt.dtype.itemsize + 2**22
+    dense, whole = count(ckpt), sum(m * n for m, n, _ in cut.values())
+    need = (dense - whole + sum(k * (m + n) for m, n, k in cut.values())) * ckpt.dtype.itemsize + 2**22
 
     how = {key: getattr(args, key) for key in ("method", "signal", "scale", "delta", "sweeps", "order", "axis")}
     device = start_processes(device)
     rank, world = processes()
     if len(windows) < world:
         raise InputError(f"{len(windows)} windows cannot be divided among {world} processes; expected one for each at least")
-    planned = plan(ckpt, cut, ranks, windows.numel(), dtype, device, signal, need, args.stats, args.spill)
+    planned = plan(ckpt, cut, windows.numel(), dtype, device, signal, need, args.stats, args.spill)
     facts = {"checkpoint": ckpt.fingerprint(), "windows": digest(windows), "dtype": str(dtype), "rate": args.rate,
              "layers": args.layers, **how}
     with Writer(out, need, args.overwrite, facts, keep=bool(args.stats)) if rank == 0 else nullcontext() as writer:
         say(f"torch {torch.__version__}, numpy {numpy.__version__}, {device} ({torch.get_num_threads()} threads), "
             f"{str(dtype)[6:]} ({why}), seed {args.seed}" + (f", {world} processes" if world > 1 else ""))
-        widest = max(n for _, n in cut.values())
-        say(f"{args.method} at rate {args.rate:g}: {len(blocks)} of {ckpt.cfg.n_layers} blocks of {ckpt.name}; "
-            f"{samples} x {seqlen} = {windows.numel():,} tokens of {calib} for inputs up to {widest:,} wide")
+        say(f"{args.method} at rate {args.rate:g}: {len(blocks)} of {ckpt.cfg.n_layers} blocks of {ckpt.name}; {samples} x "
+            f"{seqlen} = {windows.numel():,} tokens of {calib} for inputs up to {max(n for _, n, _ in cut.values()):,} wide")
         say(planned)
         left = from_first([l for l in blocks if not (writer and PART(l) in writer.done)])
         if len(left) < len(blocks):
@@ -430,7 +424,6 @@ def main():
         seconds = {"prepare": time.time() - start}
         report = compress(ckpt, sweep, writer, args.rate, how, device, left, say)
         seconds |= report.pop("seconds")
-        end_processes()
         if rank:                                    # process 0 writes and evaluates
             return
         start = time.time()
@@ -441,7 +434,7 @@ def main():
         seconds["write"] = time.time() - start
 
     written = Checkpoint(out)
-    small = sum(math.prod(written.tensors[name][0]) for name in written.names)
+    small = count(written)
     rates = {"rate_decomposed": 1 - (dense - small) / whole, "rate_file": small / dense}
     print(f"{args.method}: {dense:,} -> {small:,} parameters ({rates['rate_decomposed']:.2%} of the decomposed layers, "
           f"{rates['rate_file']:.2%} of the file): {out}")
@@ -452,9 +445,9 @@ def main():
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     stages = ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items())
     say(f"{sum(seconds.values()):.0f} s ({stages}), peak memory {peak / 1e9:.2f} GB")
-    used = {"signal": args.signal, "delta": args.delta} if args.method == "air" else {"signal": signal, "delta": None}
-    write_json(args.json, {"method": args.method, "rate": args.rate, **used, "params_dense": dense, "params_compressed": small,
-                           **rates, **scores, **report, "seconds": seconds, "peak_rss_bytes": peak,
+    used = (args.signal, args.delta) if args.method == "air" else (signal, None)
+    write_json(args.json, {"method": args.method, "rate": args.rate, "signal": used[0], "delta": used[1], "params_dense": dense,
+                           "params_compressed": small, **rates, **scores, **report, "seconds": seconds, "peak_rss_bytes": peak,
                            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None})
 
 

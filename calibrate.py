@@ -6,6 +6,7 @@ import functools
 import gzip
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import random
@@ -23,26 +24,23 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 
-from model import PLAIN, READS, Checkpoint, InputError, parser, check_target, pick_device, rope, run, wide
+from model import PLAIN, READS, Checkpoint, InputError, parser, check_target, pick_device, rope, run, sha256, wide
 
 # ---------------------------------------------------------------------------------------------- texts
 DATA = Path(__file__).resolve().parent / "data"      # downloads; git-ignored
 HUB = "https://huggingface.co/datasets/"
+C4 = {"train": "c4-train.00000-of-01024.json.gz", "test": "c4-validation.00000-of-00008.json.gz"}
 DOWNLOADS = {   # file: (address, SHA-256). C4 publishes none: the address names a fixed revision, the first sum is kept.
     "wikitext-2-raw-v1.zip": (HUB + "ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip",
                               "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"),
-    "c4-train.00000-of-01024.json.gz": (HUB + "allenai/c4/resolve/1588ec454efa1a09f29cd18ddd04fe05fc8653a2/en/"
-                                        "c4-train.00000-of-01024.json.gz", None),
-    "c4-validation.00000-of-00008.json.gz": (HUB + "allenai/c4/resolve/1588ec454efa1a09f29cd18ddd04fe05fc8653a2/en/"
-                                             "c4-validation.00000-of-00008.json.gz", None),
-}
+} | {file: (HUB + f"allenai/c4/resolve/1588ec454efa1a09f29cd18ddd04fe05fc8653a2/en/{file}", None) for file in C4.values()}
 NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 GENERATED = re.compile(r"(auto-?|automatically |is )generated|Mapping Codec|system configuration generated", re.I)
 
 
 @functools.cache
 def stdlib_files():
-    """{relative path: text} of the library and {"topics/NAME": text} of the documentation, read once for both splits."""
+    """{relative path: text} of the library, {"topics/NAME": text} of the documentation; read once for both splits."""
     root, rows = Path(sysconfig.get_paths()["stdlib"]), {}
     for path in root.rglob("*.py"):
         name = path.relative_to(root)
@@ -64,9 +62,8 @@ def stdlib_rows(split):
     Left out: tests, generated tables, installed packages. A file is held out ("test") when the hash of its relative
     path says so, 1 in 20; every other one is "train".
     """
-    rows = stdlib_files()
-    held_out = {name for name in rows if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0}
-    return [rows[name] for name in sorted(rows) if (name in held_out) == (split == "test")]
+    held_out = lambda name: int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0                 # noqa: E731
+    return [text for name, text in sorted(stdlib_files().items()) if held_out(name) == (split == "test")]
 
 
 def download(name):
@@ -87,21 +84,16 @@ def download(name):
                     raise OSError("the connection ended early")
             os.replace(part, path)
         except (OSError, http.client.HTTPException) as e:
-            raise InputError(f"{name} is not in {DATA} and could not be fetched ({e}); put it there yourself, or use a text "
-                             "that needs no network: stdlib, or your own .txt, .jsonl or .npy") from None
+            raise InputError(f"{name} is not in {DATA} and could not be fetched ({e}); put it there yourself, or use a text that "
+                             "needs no network: stdlib, or your own .txt, .jsonl or .npy") from None
         finally:
             part.unlink(missing_ok=True)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = sha256(path)
     wanted = pinned or (kept.read_text().strip() if kept.exists() else found)
     if found != wanted:
         raise InputError(f"{path} has SHA-256 {found}, expected {wanted}; delete it, and it is fetched again")
     kept.write_text(found + "\n")
     return path
-
-
-def wikitext_rows(raw):
-    """WikiText's raw file as the rows of its published data set: a line with its newline, a blank line as ''."""
-    return [line + "\n" if line.strip() else "" for line in raw.removesuffix("\n").split("\n")]
 
 
 def rows_of(text, split):
@@ -110,6 +102,9 @@ def rows_of(text, split):
     Texts: stdlib; wikitext2 (raw); c4 (first 20,000 documents of the first training shard; first 1,100 of the first
     validation shard); a .txt (one document), .raw (WikiText's layout) or .jsonl (key `text`).
     """
+    def wikitext(raw):      # as the rows of its published data set: a line with its newline, a blank line as ''
+        return [line + "\n" if line.strip() else "" for line in raw.removesuffix("\n").split("\n")]
+
     def json_lines(lines, name):
         for i, line in enumerate(lines, 1):
             try:
@@ -121,12 +116,10 @@ def rows_of(text, split):
         return stdlib_rows(split)
     if text == "wikitext2":
         with zipfile.ZipFile(download("wikitext-2-raw-v1.zip")) as z:
-            return wikitext_rows(z.read(f"wikitext-2-raw/wiki.{split}.raw").decode())
+            return wikitext(z.read(f"wikitext-2-raw/wiki.{split}.raw").decode())
     if text == "c4":
-        name, count = {"train": ("c4-train.00000-of-01024.json.gz", 20000),
-                       "test": ("c4-validation.00000-of-00008.json.gz", 1100)}[split]
-        with gzip.open(download(name), "rt", encoding="utf-8") as f:
-            return list(json_lines((line for line, _ in zip(f, range(count))), name))
+        with gzip.open(download(C4[split]), "rt", encoding="utf-8") as f:
+            return list(json_lines(itertools.islice(f, 20000 if split == "train" else 1100), C4[split]))
     path = Path(text)
     if path.suffix not in (".txt", ".raw", ".jsonl"):
         raise InputError(f"the text '{text}' is unknown; expected stdlib, wikitext2, c4, or a .txt, .raw, .jsonl or .npy file")
@@ -136,10 +129,14 @@ def rows_of(text, split):
         raise InputError(f"{path} cannot be read as UTF-8 text ({e})") from None
     if path.suffix == ".jsonl":
         return list(json_lines(content.split("\n"), path))
-    return wikitext_rows(content) if path.suffix == ".raw" else [content]
+    return wikitext(content) if path.suffix == ".raw" else [content]
 
 
 # ---------------------------------------------------------------------------------------------- tokens and windows
+TOO_SHORT = ("{} is good for {} tokens, fewer than one window of {} (calibration draws each from ten characters a token); "
+             "give more text or a smaller --seqlen").format
+
+
 class Tokenizer:
     """tokenizer.model (SentencePiece) or tokenizer.json beside a checkpoint: encode, decode, `bos` (0 or 1 ids), `eos`.
 
@@ -152,8 +149,8 @@ class Tokenizer:
             try:
                 t = sentencepiece.SentencePieceProcessor(model_file=str(sp))
             except Exception:
-                raise InputError(f"{sp} is not a SentencePiece model; use the tokenizer.model that came with the weights, or "
-                                 "remove it where a tokenizer.json lies beside it") from None
+                raise InputError(f"{sp} is not a SentencePiece model; use the weights' own, or remove it where a tokenizer.json "
+                                 "lies beside it") from None
             self.encode, size = t.encode, t.vocab_size()
             self.decode = lambda ids: t.decode([i for i in ids if i < size])     # a padded vocabulary has ids without a piece
             self.bos, eos = [t.bos_id()] if t.bos_id() >= 0 else [], t.eos_id()
@@ -193,9 +190,9 @@ def token_array(text, ckpt):
 
 
 def choose(ckpt, text=None, samples=None, seqlen=None):
-    """Fill in defaults: (text, windows, tokens a window), the paper's or those in the checkpoint's config.json.
+    """Fill in defaults: (text, windows, tokens a window), the paper's, the checkpoint's config.json's, or a 2-D .npy array's own.
 
-    A 2-D .npy array brings its own windows. Raises InputError for a length beyond the model's context.
+    Raises InputError for a length beyond the model's context.
     """
     defaults = {"text": "wikitext2", "samples": 256, "seqlen": 2048} | (ckpt.raw.get("defaults") or {})
     text = text or defaults["text"]
@@ -213,11 +210,6 @@ def choose(ckpt, text=None, samples=None, seqlen=None):
     return text, samples, seqlen
 
 
-def too_short(text, tokens, seqlen):
-    return InputError(f"{text} is good for {tokens} tokens, fewer than one window of {seqlen} (calibration draws each from "
-                      f"{10 * seqlen} characters); give more text or a smaller --seqlen")
-
-
 def calibration_windows(text, ckpt, samples=256, seqlen=2048, seed=3):
     """Calibration windows (samples, seqlen) of token ids.
 
@@ -231,13 +223,13 @@ def calibration_windows(text, ckpt, samples=256, seqlen=2048, seed=3):
         if ids.dim() == 2:
             return ids
         if len(ids) < seqlen:
-            raise too_short(text, len(ids), seqlen)
+            raise InputError(TOO_SHORT(text, len(ids), seqlen))
         starts = [rng.randint(0, len(ids) - seqlen) for _ in range(samples)]
         return torch.stack([ids[i:i + seqlen] for i in starts])
     joined = "\n\n".join(row for row in rows_of(text, "train") if row.strip())
     tokenizer, windows = Tokenizer(ckpt), []
     if len(joined) <= 10 * seqlen:
-        raise too_short(text, len(joined) // 10, seqlen)
+        raise InputError(TOO_SHORT(text, len(joined) // 10, seqlen))
     for _ in range(10 * samples):
         start = rng.randint(0, len(joined) - 10 * seqlen - 1)
         ids = tokenizer.bos + tokenizer.encode(joined[start:start + 10 * seqlen])
@@ -245,7 +237,7 @@ def calibration_windows(text, ckpt, samples=256, seqlen=2048, seed=3):
             windows.append(ids[:seqlen])
             if len(windows) == samples:
                 return torch.tensor(windows)
-    raise too_short(text, max(len(ids), 1), seqlen)
+    raise InputError(TOO_SHORT(text, max(len(ids), 1), seqlen))
 
 
 def evaluation_windows(text, ckpt, seqlen=2048):
@@ -263,7 +255,7 @@ def evaluation_windows(text, ckpt, seqlen=2048):
         ids = torch.tensor(tokenizer.bos + tokenizer.encode(joined))
         per_byte = len(ids) / max(1, len(joined.encode()))
     if (n := len(ids) // seqlen) == 0:
-        raise too_short(text, len(ids), seqlen)
+        raise InputError(TOO_SHORT(text, len(ids), seqlen))
     return ids[:n * seqlen].view(n, seqlen), len(ids), per_byte
 
 
@@ -284,9 +276,8 @@ def recording(ops, seen):
 def add_inputs(stats, block, seen, tokens):
     """Add a batch to the statistics of a block's four distinct inputs: ΣXXᵀ (n, n) and the mean of |x| (n,), both fp64.
 
-    `tokens` is the number of calibration tokens in all.
-
     The product is taken in fp32 (fp64 for an fp64 model) and summed in fp64, so that 256 windows lose no digits.
+    `tokens`: how many there are in all batches.
     """
     for name in sorted(set(READS.values())):
         x = wide(seen[block.get_submodule(name)]).flatten(0, -2)                # (tokens, n)
@@ -316,8 +307,7 @@ def forward_sweep(ckpt, h, device, gram=False, keep=None, start=0, stop=None, to
         out = h if keep is None else torch.empty_like(h)
         for i in range(0, len(h), batch):
             seen = {}
-            part = h[i:i + batch].to(device)
-            out[i:i + batch] = block(part, angles, recording(PLAIN, seen) if gram else PLAIN)
+            out[i:i + batch] = block(h[i:i + batch].to(device), angles, recording(PLAIN, seen) if gram else PLAIN)
             if gram:
                 add_inputs(stats, block, seen, tokens or h.shape[0] * h.shape[1])
         h = out
@@ -327,11 +317,9 @@ def forward_sweep(ckpt, h, device, gram=False, keep=None, start=0, stop=None, to
 
 
 def add_calibration_arguments(parser):
-    parser.add_argument("--calib", help="calibration text: stdlib, wikitext2, c4, or a .txt, .raw, .jsonl, .npy file "
-                        "(default: wikitext2; stdlib for the demo)")
-    parser.add_argument("--samples", type=int, help="calibration windows (default 256; 64 for the demo)")
-    parser.add_argument("--seqlen", type=int,
-                        help="tokens a window, in calibration and evaluation (default 2048; 256 for the demo)")
+    parser.add_argument("--calib", help="calibration text: stdlib, wikitext2 (default; demo stdlib), c4, or a file's path")
+    parser.add_argument("--samples", type=int, help="calibration windows (default 256; demo 64)")
+    parser.add_argument("--seqlen", type=int, help="tokens a window, calibration and evaluation (default 2048; demo 256)")
     parser.add_argument("--seed", type=int, default=3)
 
 

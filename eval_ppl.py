@@ -57,9 +57,8 @@ def evaluate(ckpt, windows, device, dtype, against=None, tokens_per_byte=None):
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--text", help="stdlib, wikitext2, c4, or a .txt, .raw, .jsonl, .npy file (default: wikitext2; "
-                   "stdlib for the demo)")
-    p.add_argument("--seqlen", type=int, help="tokens a window (default 2048; 256 for the demo)")
+    p.add_argument("--text", help="stdlib, wikitext2 (default; demo stdlib), c4, or a .txt, .raw, .jsonl, .npy file")
+    p.add_argument("--seqlen", type=int, help="tokens a window (default 2048; demo 256)")
     p.add_argument("--against", metavar="DENSE", help="also report the Jensen-Shannon divergence to this checkpoint")
     p.add_argument("--json", metavar="FILE", help="write the results to FILE")
     args = p.parse_args()

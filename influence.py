@@ -11,10 +11,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from calibrate import (add_calibration_arguments, add_inputs, calibration_windows, choose, embed, forward_sweep,
-                       recording)
-from model import (LAYERS, PLAIN, Checkpoint, InputError, parser, attention, pick_device, rope, run,
-                   to_logits, wide)
+from calibrate import add_calibration_arguments, add_inputs, calibration_windows, choose, embed, forward_sweep, recording
+from model import LAYERS, PLAIN, Checkpoint, InputError, attention, parser, pick_device, rope, run, to_logits, wide
 
 # ---------------------------------------------------------------------------------------------- rules
 class ScaleGradient(torch.autograd.Function):
@@ -66,15 +64,14 @@ def uniform_attention(q, k, v):
     return uniform(attention(uniform(q), uniform(k), v))
 
 
-def lrp_rules(eps=1e-6):
-    """The five operations of a block with AttnLRP's derivatives. Sums (residuals, biases) need no rule: g is shared as it is."""
-    return SimpleNamespace(linear=lambda layer, x: epsilon_linear(layer, x, eps), norm=identity_norm, silu=identity_silu,
-                           mul=uniform_mul, attention=uniform_attention)
-
-
 def operations(signal, eps=1e-6):
-    """The rules for relevance, a block's ordinary operations for gradients."""
-    return lrp_rules(eps) if signal.startswith("lrp") else PLAIN
+    """A block's five operations: with AttnLRP's derivatives for relevance, the ordinary ones for gradients.
+
+    Sums (residuals, biases) need no rule: g is shared as it is.
+    """
+    return PLAIN if not signal.startswith("lrp") else SimpleNamespace(
+        linear=lambda layer, x: epsilon_linear(layer, x, eps), norm=identity_norm, silu=identity_silu,
+        mul=uniform_mul, attention=uniform_attention)
 
 
 # ---------------------------------------------------------------------------------------------- signals

@@ -1,6 +1,7 @@
 """What a model larger than memory, or several processes, add to air.py: block inputs on disk, a plan, a division of the work."""
+import atexit
 import os
-import time
+import timeit
 from pathlib import Path
 
 import torch
@@ -39,12 +40,8 @@ def start_processes(device):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     return device
-
-
-def end_processes():
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def processes():
@@ -60,10 +57,7 @@ def add_up(stats):
 
 
 def divide(sweep):
-    """Every process runs the sweep, each takes one block of every group: yields (l, stats), or (None, None) when it has none.
-
-    A group has as many blocks as there are processes, so that all solve at once.
-    """
+    """Of every `world` blocks a sweep yields, this process's (l, stats), or (None, None): so that all processes solve at once."""
     (rank, world), mine, i = processes(), (None, None), 0
     for i, (l, stats) in enumerate(sweep, 1):
         if (i - 1) % world == rank:
@@ -78,12 +72,11 @@ def divide(sweep):
 
 def gather(part):
     """Every process's part, in process 0; an empty list in the others."""
-    rank, world = processes()
-    if world == 1:
-        return [part]
-    parts = [None] * world if rank == 0 else None
-    dist.gather_object(part, parts)
-    return parts or []
+    (rank, world), parts = processes(), [part]
+    if world > 1:
+        parts = [None] * world if rank == 0 else []
+        dist.gather_object(part, parts or None)
+    return parts
 
 
 def from_first(value):
@@ -97,44 +90,38 @@ def from_first(value):
 # ---------------------------------------------------------------------------------------------- the plan
 def machine_rates(device, dtype):
     """What this machine does now: FLOP/s of a matrix product in dtype, and in fp32; bytes/s of a copy, read and written."""
-    def seconds(work):
-        laps = []
-        for _ in range(4):
-            start = time.perf_counter()
-            work()
-            torch.cuda.synchronize() if device.type == "cuda" else None
-            laps.append(time.perf_counter() - start)
-        return min(laps)
+    wait = torch.cuda.synchronize if device.type == "cuda" else int
+    seconds = lambda work: min(timeit.repeat(lambda: (work(), wait()), number=1, repeat=4))             # noqa: E731
     n = 8192 if device.type == "cuda" else 1024
     a, b, x = (torch.ones(size, device=device, dtype=t) for size, t in (((n, n), dtype), ((n, n), torch.float32), (2**25, dtype)))
     y = torch.empty_like(x)
     return 2 * n**3 / seconds(lambda: a @ a), 2 * n**3 / seconds(lambda: b @ b), 2 * x.nbytes / seconds(lambda: y.copy_(x))
 
 
-def costs(cfg, cut, ranks, tokens, itemsize, signal):
-    """({stage: (FLOP in the model's dtype, FLOP in fp32, bytes moved)}, {what: bytes held}); README.md, "Cost", has the terms.
+def costs(cfg, cut, tokens, itemsize, signal):
+    """({stage: (FLOP in the model's dtype, FLOP in fp32, bytes moved)}, {what: bytes held}) as README.md, "Cost", derives them.
 
-    cut {layer: (m, n)} and ranks {layer: k} of the layers to be decomposed; every block is swept.
+    cut {layer: (m, n, rank)} of the layers to be decomposed; every block is swept.
     """
     L, q, kv = cfg.n_layers, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
     widths, weights = (cfg.dim, q, cfg.dim, cfg.hidden), cfg.dim * (2 * q + 2 * kv + 3 * cfg.hidden)        # of one block
     squares, passes = sum(n * n for n in widths), 4 if signal else 1
-    layers = [(m, n, min(m, n), ranks[layer]) for layer, (m, n) in cut.items()]
+    passed = sum(k * m * n for m, n, k in cut.values())
     stages = {
         "sweeps": (2 * tokens * weights * L * passes, 0, passes * weights * itemsize * L),
         "ΣXXᵀ": (0, 2 * tokens * squares * L, 0),
-        "Cholesky and SVD": (0, sum(n**3 / 3 + m * n * (2 * n + 1.1 * s + 2 * k) + 12 * s**3
-                                    for m, n, s, k in layers), 0),
-        "ALS": (0, sum(34 * k * m * n for m, n, s, k in layers), sum(15 * k * m * n for m, n, s, k in layers))}
+        "Cholesky and SVD": (0, sum(n**3 / 3 + m * n * (2 * n + 1.1 * min(m, n) + 2 * k) + 12 * min(m, n)**3
+                                    for m, n, k in cut.values()), 0),
+        "ALS": (0, 34 * passed, 15 * passed)}
     influence, largest = 4 * weights if signal else 0, 8 * max(widths) ** 2                 # fp32; the widest ΣXXᵀ in fp64
     return stages, {
         "inputs": tokens * cfg.dim * itemsize * (L + 1 if signal else 1), "statistics": L * (influence + 8 * squares),
         "block": influence + 8 * squares + max(weights * itemsize * (2 if signal else 1) + largest, 3 * largest)}
 
 
-def plan(ckpt, cut, ranks, tokens, dtype, device, signal, result, stats, spill):
+def plan(ckpt, cut, tokens, dtype, device, signal, result, stats, spill):
     """Memory, disk and time of a run, as one line; `result`: bytes to be written. Raises InputError for what does not fit."""
-    stages, held = costs(ckpt.cfg, cut, ranks, tokens, dtype.itemsize, signal)
+    stages, held = costs(ckpt.cfg, cut, tokens, dtype.itemsize, signal)
     rates, world = machine_rates(device, dtype), processes()[1]
     minutes = sum(work / rate for stage in stages.values() for work, rate in zip(stage, rates)) / world / 60
     inputs = 2 * tokens * ckpt.cfg.dim * dtype.itemsize if spill else held["inputs"]

@@ -9,7 +9,9 @@ import argparse
 import hashlib
 import json
 import math
+import mmap
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -31,10 +33,10 @@ ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM", "
 
 
 def parse_config(raw):
-    """config.json (a dict) -> the shape of the model; `bias` says which of q, k, v, o, mlp carry one, `ranks` {layer: k}
-    which layers are low-rank. Raises InputError for a missing key or anything this model does not compute.
+    """config.json (a dict; Hugging Face's keys, from LLaMA 1's to `rope_parameters`) -> the shape of the model; `bias` says which
+    of q, k, v, o, mlp carry one, `ranks` {layer: k} which layers are low-rank.
 
-    Source: the key names of Hugging Face configurations, old (LLaMA 1) to new (`rope_parameters`).
+    Raises InputError for a missing key or anything this model does not compute.
     """
     def need(*keys):
         value = next((raw[key] for key in keys if raw.get(key) is not None), None)
@@ -49,12 +51,8 @@ def parse_config(raw):
         raise InputError(f"config.json has hidden_act '{raw['hidden_act']}'; only 'silu' (SwiGLU) is supported")
     if raw.get("quantization_config"):
         raise InputError("the checkpoint is quantized (quantization_config); point at its fp32, fp16 or bf16 original")
-    llama, mistral, qwen = (arch.lower().startswith(family) for family in ("llama", "mistral", "qwen2"))
-
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise InputError(f"config.json has rope_scaling {scaling!r}; expected an object")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
     wanted = {"default": (), "linear": ("factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
     if kind not in wanted:
@@ -63,15 +61,15 @@ def parse_config(raw):
         raise InputError(f"rope_scaling '{kind}' in config.json lacks {', '.join(missing)}")
 
     # LLaMA 1 and 2 were published before rope_theta and num_key_value_heads existed: the format defines their absence.
-    theta = scaling.get("rope_theta") or raw.get("rope_theta") or (10000.0 if llama else need("rope_theta"))
+    theta = scaling.get("rope_theta") or raw.get("rope_theta") or (10000.0 if "LLAMA" in arch.upper() else need("rope_theta"))
     heads, dim = need("num_attention_heads"), need("hidden_size")
     context, kv_heads = need("max_position_embeddings", "max_sequence_length"), raw.get("num_key_value_heads") or heads
     if heads % kv_heads:
         raise InputError(f"config.json has {heads} heads on {kv_heads} key/value heads; expected a multiple")
     # Not in the paper: a sliding window. Up to its width it equals full attention, so it bounds the context instead.
-    if raw.get("sliding_window") and raw.get("use_sliding_window", mistral):
+    if raw.get("sliding_window") and raw.get("use_sliding_window", arch.startswith("Mistral")):
         context = min(context, raw["sliding_window"])
-    bias = "qkv" if qwen else "qkvo" if raw.get("attention_bias") else ""
+    bias = "qkv" if arch.startswith("Qwen2") else "qkvo" if raw.get("attention_bias") else ""
     return SimpleNamespace(
         vocab=need("vocab_size"), dim=dim, hidden=need("intermediate_size"), n_layers=need("num_hidden_layers"), n_heads=heads,
         n_kv_heads=kv_heads, head_dim=raw.get("head_dim") or dim // heads, context=context, norm_eps=need("rms_norm_eps"),
@@ -123,13 +121,8 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def linear(layer, x):
-    """x (..., n) -> (..., m) through a dense or low-rank layer."""
-    return layer(x)
-
-
 # The five operations a block is made of. influence.py passes another set to propagate relevance through the same block.
-PLAIN = SimpleNamespace(linear=linear, norm=rms_norm, silu=F.silu, mul=torch.mul, attention=attention)
+PLAIN = SimpleNamespace(linear=lambda layer, x: layer(x), norm=rms_norm, silu=F.silu, mul=torch.mul, attention=attention)
 
 
 class LowRank(nn.Module):
@@ -141,12 +134,6 @@ class LowRank(nn.Module):
 
     def forward(self, x):
         return self.U(self.V(x))
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
 
 
 LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -163,16 +150,15 @@ class Block(nn.Module):
         super().__init__()
         self.cfg = cfg
         q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
-        shapes = dict(zip(LAYERS, ((cfg.dim, q), (cfg.dim, kv), (cfg.dim, kv), (q, cfg.dim),
-                                   (cfg.dim, cfg.hidden), (cfg.dim, cfg.hidden), (cfg.hidden, cfg.dim))))
-        self.input_layernorm, self.self_attn = RMSNorm(cfg.dim), nn.Module()
-        self.post_attention_layernorm, self.mlp = RMSNorm(cfg.dim), nn.Module()
-        for name, (n, m) in shapes.items():
+        shapes = ((cfg.dim, q), (cfg.dim, kv), (cfg.dim, kv), (q, cfg.dim),
+                  (cfg.dim, cfg.hidden), (cfg.dim, cfg.hidden), (cfg.hidden, cfg.dim))
+        self.input_layernorm, self.self_attn = nn.RMSNorm(cfg.dim), nn.Module()           # holds a weight; rms_norm computes
+        self.post_attention_layernorm, self.mlp = nn.RMSNorm(cfg.dim), nn.Module()
+        for name, (n, m) in zip(LAYERS, shapes):
             part, leaf = name.split(".")
             bias = part == "mlp" and "mlp" in cfg.bias or part == "self_attn" and leaf[0] in cfg.bias
             k = cfg.ranks.get(f"model.layers.{l}.{name}")
-            layer = LowRank(n, m, k, bias) if k else nn.Linear(n, m, bias=bias)
-            getattr(self, part).add_module(leaf, layer)
+            self.get_submodule(part).add_module(leaf, LowRank(n, m, k, bias) if k else nn.Linear(n, m, bias=bias))
 
     def forward(self, x, angles, ops=PLAIN):                                    # x (B, T, dim)
         cfg, att, mlp = self.cfg, self.self_attn, self.mlp
@@ -196,7 +182,7 @@ class Llama(nn.Module):
         self.cfg, self.model = cfg, nn.Module()
         self.model.embed_tokens = nn.Embedding(cfg.vocab, cfg.dim)
         self.model.layers = nn.ModuleList(Block(cfg, l) for l in range(cfg.n_layers))
-        self.model.norm = RMSNorm(cfg.dim)
+        self.model.norm = nn.RMSNorm(cfg.dim)
         self.lm_head = nn.Linear(cfg.dim, cfg.vocab, bias=False)
         if cfg.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -220,13 +206,9 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 def read_json(path):
     try:
-        content = json.loads(path.read_text("utf-8"))
-        if isinstance(content, dict):
-            return content
-        e = f"a {type(content).__name__}"
-    except (ValueError, OSError) as error:
-        e = error
-    raise InputError(f"{path} is not readable as a JSON object ({e}); copy it again from where it came")
+        return dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError, OSError) as e:
+        raise InputError(f"{path} is not readable as a JSON object ({e}); copy it again from where it came") from None
 
 
 def open_tensors(path):
@@ -240,8 +222,7 @@ def open_tensors(path):
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return {name: (tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
     except Exception as e:      # truncated, corrupt, a pickle that wants to run code: each library raises its own kinds
-        reason = str(e).strip().split("\n")[0][:200]
-        raise InputError(f"{path} cannot be read as a checkpoint ({reason}); expected a whole "
+        raise InputError(f"{path} cannot be read as a checkpoint ({str(e).strip().split(chr(10))[0][:200]}); expected a whole "
                          f"{path.suffix} file: check its size or copy it again") from None
 
 
@@ -263,9 +244,7 @@ class Checkpoint:
         self.files = [path] if path.is_file() else self._shards()
         self.raw = read_json(self.folder / "config.json")
         self.cfg = parse_config(self.raw)
-        self.tensors = {}
-        for file in self.files:
-            self.tensors |= open_tensors(file)
+        self.tensors = {name: tensor for file in self.files for name, tensor in open_tensors(file).items()}
         self._check()
         self.dtype = self.tensors["model.embed_tokens.weight"][1]
 
@@ -279,8 +258,7 @@ class Checkpoint:
                 if missing := [file.name for file in files if not file.is_file()]:
                     raise InputError(f"{index.name} names {missing[0]}, which is not in {self.folder}; fetch the missing shard")
                 return files
-        raise InputError(f"{self.folder} has no weights; expected model.safetensors or pytorch_model.bin, or their shards "
-                         "with an index file")
+        raise InputError(f"{self.folder} has no weights; expected model.safetensors or pytorch_model.bin, or shards and an index")
 
     def _check(self):
         with torch.device("meta"):
@@ -290,16 +268,14 @@ class Checkpoint:
         if self.cfg.tied:
             expected.pop("lm_head.weight")
             spare.add("lm_head.weight")
-        missing, surplus = expected.keys() - self.tensors.keys(), self.tensors.keys() - expected.keys() - spare
-        where = f"{self.files[0]}" + (f" (and {len(self.files) - 1} more)" if len(self.files) > 1 else "")
-        for kind, names in (("lacks", missing), ("has, beyond the model of config.json,", surplus)):
+        for kind, names in (("lacks", expected.keys() - self.tensors.keys()),
+                            ("has, beyond the model of config.json,", self.tensors.keys() - expected.keys() - spare)):
             if names:
-                raise InputError(f"{where} {kind} {len(names)} tensor{'s' * (len(names) > 1)}, such as {min(names)}; "
-                                 "expected exactly the tensors config.json implies: check that both belong together")
+                raise InputError(f"{self.files[0]} {kind} {len(names)} tensor{'s' * (len(names) > 1)}, such as {min(names)}; "
+                                 "expected exactly those config.json implies: check that both belong together")
         for name, shape in expected.items():
             if self.tensors[name][0] != shape:
-                raise InputError(f"{name} has shape {self.tensors[name][0]}, config.json implies {shape}; "
-                                 "check that the weights and config.json belong together")
+                raise InputError(f"{name} has shape {self.tensors[name][0]}, config.json implies {shape}; do both belong together?")
             if self.tensors[name][1] not in DTYPES.values():
                 raise InputError(f"{name} is stored as {self.tensors[name][1]}; expected fp32, fp16 or bf16")
         self.names = list(expected)
@@ -328,16 +304,16 @@ class Checkpoint:
         """Block l with its weights on `device`; nothing else of the model is read."""
         with torch.device("meta"):
             block = Block(self.cfg, l)
-        weights = {name: self.tensor(f"model.layers.{l}.{name}", device, dtype) for name in block.state_dict()}
-        block.load_state_dict(weights, assign=True)
+        block.load_state_dict({name: self.tensor(f"model.layers.{l}.{name}", device, dtype) for name in block.state_dict()},
+                              assign=True)
         return block.requires_grad_(False)
 
     def head(self, device="cpu", dtype=None):
         """(final norm's weight (dim,), lm_head as a Linear (vocab, dim))."""
         lm_head = nn.Linear(self.cfg.dim, self.cfg.vocab, bias=False, device="meta")
         name = "model.embed_tokens.weight" if self.cfg.tied else "lm_head.weight"
-        lm_head.load_state_dict({"weight": self.tensor(name, device, dtype)}, assign=True)
-        return self.tensor("model.norm.weight", device, dtype), lm_head.requires_grad_(False)
+        lm_head.weight = nn.Parameter(self.tensor(name, device, dtype), requires_grad=False)
+        return self.tensor("model.norm.weight", device, dtype), lm_head
 
     def model(self, device="cpu", dtype=None):
         """The whole model in memory."""
@@ -363,7 +339,7 @@ class Folder:
 
     def __init__(self, path, facts):
         self.path, self.manifest, self.files = Path(path), Path(path) / "manifest.json", {}
-        self.facts = {key: json.loads(json.dumps(value)) for key, value in facts.items()}
+        self.facts = json.loads(json.dumps(facts))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -380,14 +356,12 @@ class Folder:
     def save(self, name, tensors, note=None):
         """Write {key: tensor} as `name` and remember `note` (JSON) with it."""
         tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-        sha256 = self._place(self.path / name, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
-        self.files[name] = {"sha256": sha256, "note": note}
+        self._place(self.path / name, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
+        self.files[name] = {"sha256": sha256(self.path / name), "note": note}
         self._list()
 
     def forget(self, names):
         """Strike the files `names` off the manifest, then delete them."""
-        if not names:
-            return
         self.files = {name: file for name, file in self.files.items() if name not in names}
         self._list()
         for name in names:
@@ -398,35 +372,29 @@ class Folder:
         self._place(self.manifest, lambda part: part.write_text(content))
 
     def _place(self, path, write):
-        """write(a path beside it), then move that to `path`: it is there whole or not at all. Returns its SHA-256."""
+        """write(a path beside it), then move that to `path`: it is there whole or not at all."""
         part = path.with_name(path.name + ".partial")
         write(part)
         with open(part, "rb+") as f:
-            sha256 = hash_file(f)
             os.fsync(f.fileno())
         os.replace(part, path)
-        return sha256
 
     def load(self, name, device="cpu"):
         """The tensors of file `name`, memory-mapped."""
-        path = self.path / name
-        try:
-            with open(path, "rb") as f:
-                sha256 = hash_file(f)
-        except OSError as e:
-            sha256 = e.strerror
-        if sha256 != self.files[name]["sha256"]:
-            raise InputError(f"{path} is not the file that was written (SHA-256 {sha256}, expected "
-                             f"{self.files[name]['sha256']}); delete {self.path} and run again")
+        path, expected = self.path / name, self.files[name]["sha256"]
+        if (found := sha256(path)) != expected:
+            raise InputError(f"{path} is not the file that was written (SHA-256 {found}, expected {expected}); "
+                             f"delete {self.path} and run again")
         return load_file(path, device=str(device))
 
 
-def hash_file(f):
-    """SHA-256 (hex) of an open binary file."""
-    digest = hashlib.sha256()
-    while chunk := f.read(1 << 22):
-        digest.update(chunk)
-    return digest.hexdigest()
+def sha256(path):
+    """SHA-256 (hex) of a file, read through a memory map; of one that is empty or cannot be read, the reason."""
+    try:
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return hashlib.sha256(content).hexdigest()
+    except (OSError, ValueError) as e:
+        return str(e)
 
 
 class Writer:
@@ -526,8 +494,7 @@ def parser(doc):
     p.add_argument("--ckpt", default=str(Path(__file__).resolve().parent / "demo"),
                    help="a .safetensors file with config.json beside it, or a folder (default: the bundled demo)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
-                   help="of the computation; default: bfloat16 on a GPU, float32 on a CPU")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
     return p
 
 
@@ -559,22 +526,19 @@ def write_json(path, values):
 
 def run(main):
     """Call main(); a known error becomes one sentence on stderr and an exit code: 2 bad input, 1 failed run, 130 Ctrl-C."""
-    def leave(code, message):
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-        sys.exit(code)
     try:
-        main()
+        return main()
     except InputError as e:
-        leave(2, e)
+        code, message = 2, e
     except KeyboardInterrupt:
-        leave(130, "interrupted; nothing incomplete was left where results go")
+        code, message = 130, "interrupted; nothing incomplete was left where results go"
     except torch.OutOfMemoryError as e:
-        leave(1, f"out of GPU memory ({str(e).split('.')[0]}); try --dtype bfloat16, a smaller --seqlen or --device cpu")
-    except (OSError, SafetensorError, MemoryError) as e:
-        leave(1, f"the run failed and left nothing incomplete: {e or type(e).__name__}")
-    except RuntimeError as e:
-        if "gloo" in str(e).lower() or "nccl" in str(e).lower():
-            leave(1, "another process of this run ended; its reason is in its own message")
-        if "allocate memory" not in str(e) and "not finite" not in str(e):
+        code, message = 1, f"out of GPU memory ({str(e).split('.')[0]}); try --dtype bfloat16, fewer tokens, --device cpu"
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as e:
+        code, message = 1, f"the run failed and left nothing incomplete: {(str(e) or type(e).__name__).splitlines()[0]}"
+        if re.search("gloo|nccl", str(e), re.I):
+            message = "another process of this run ended; its reason is in its own message"
+        elif isinstance(e, RuntimeError) and not re.search("allocate memory|not finite", str(e)):
             raise
-        leave(1, f"the run failed and left nothing incomplete: {str(e).splitlines()[0]}")
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(code)

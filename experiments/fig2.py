@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from calibrate import digest
 from experiments.common import COLOURS, Lab, arguments, mean_spread, show, table, verdict
-from influence import lrp_rules
+from influence import operations
 from model import LAYERS, run, wide
 
 POINTS, WINDOWS = 50, 4
@@ -25,7 +25,7 @@ KINDS = [f"{what} {which}" for what in ("weights", "activations") for which in (
 def activations(ckpt, windows, device, dtype):
     """{layer: (|A|, |R|)}, both (windows, T, m): every decomposed layer's output and the relevance LRP gives it, from the largest
     logit of each window's last token (R = z ⊙ g in gradient form). The whole model's graph of one window is held at a time."""
-    model, ops, found = ckpt.model(device, dtype), lrp_rules(), {}
+    model, ops, found = ckpt.model(device, dtype), operations("lrp"), {}
     names = {model.get_submodule(layer): layer for layer in (f"model.layers.{l}.{name}" for l in range(ckpt.cfg.n_layers)
                                                              for name in LAYERS)}
     model.model.embed_tokens.weight.requires_grad_()                            # the graph's only leaf

@@ -241,10 +241,10 @@ def test_profiled_influence_is_the_gradient_of_the_profiled_weight(lab):
 def test_relevance_of_activations_is_output_times_gradient(lab):
     """R = z ⊙ g of a layer's output, against a hook that sees z before the ε-rule's factor z / (z + ε·sign z)."""
     from experiments.fig2 import activations
-    from influence import lrp_rules
+    from influence import operations
     here = lab()
     ids, name = here.calibration(3)[:1], "model.layers.1.mlp.down_proj"
-    model, ops, kept = here.ckpt.model(CPU, FP32), lrp_rules(), {}
+    model, ops, kept = here.ckpt.model(CPU, FP32), operations("lrp"), {}
     model.get_submodule(name).register_forward_hook(lambda m, x, y: kept.setdefault("z", y.requires_grad_()))
     target = model(ids, ops)[0, -1].max()
     g, = torch.autograd.grad(target, kept["z"])

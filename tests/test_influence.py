@@ -121,7 +121,7 @@ def test_lrp_sweep_equals_the_rules_on_the_whole_model(signal, tiny, windows):
     expected = {}
     for ids in windows:
         model.zero_grad()
-        logits = model(ids[None], R.lrp_rules(1e-3))[0]
+        logits = model(ids[None], R.operations("lrp", 1e-3))[0]
         (logits[-1:] if signal == "lrp" else logits).amax(-1).sum().backward()
         for l in range(2):
             for name in LAYERS:
@@ -137,7 +137,7 @@ def test_relevance_of_a_layers_weights_is_its_outputs(tiny, windows):
     The signed sums of gate and up agree because the uniform rule gives both half of their product."""
     ckpt = Checkpoint(tiny)
     model = ckpt.model(dtype=torch.float64).requires_grad_()
-    logits = model(windows[:1], R.lrp_rules(1e-12))
+    logits = model(windows[:1], R.operations("lrp", 1e-12))
     logits[0, -1].amax().backward()
     mlp = model.model.layers[1].mlp
     total = {name: (layer.weight * layer.weight.grad).sum().item() for name, layer in mlp.named_children()}
