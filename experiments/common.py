@@ -127,13 +127,14 @@ def clean(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def caption(result):
-    """How a result was measured, from its own JSON."""
+def caption(result, calibrated=None):
+    """How a result was measured, from its own JSON; `calibrated`: what it was calibrated on where that varies."""
     c = result["calibration"]
     texts = [f"{t['windows']} of {t['of']} windows of {t['seqlen']} tokens of {t['name']} (evenly spaced)"
              for t in result["texts"].values()]
     said = [result["checkpoint"], *(["perplexity on " + " and ".join(texts)] if texts else []),
-            f"calibration on {c['samples']} × {c['seqlen']} tokens of {c['text']}, seed{'s' * (len(c['seeds']) > 1)} "
+            f"calibration on {calibrated or '{samples} × {seqlen} tokens of {text}'.format(**c)}, "
+            f"seed{'s' * (len(c['seeds']) > 1)} "
             + ", ".join(map(str, c["seeds"])) + (" (± their standard deviation)" if len(c["seeds"]) > 1 else "")]
     return f"*{'; '.join(said)}.*"
 
@@ -141,7 +142,7 @@ def caption(result):
 def block(module, result):
     """What the README shows of a script: its table, how it was measured, its verdicts."""
     lines = [f"- {verdict_line(v)}" for v in module.verdicts(result)]
-    return "\n".join([module.markdown(result), "", caption(result), "", *lines])
+    return "\n".join([module.markdown(result), "", caption(result, getattr(module, "CALIBRATED", None)), "", *lines])
 
 
 def claims(results):

@@ -14,6 +14,7 @@ from experiments.common import COLOURS, Lab, against, arguments, every, find, li
 from model import InputError, run
 
 RATE, SHARES = 0.6, (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2)
+CALIBRATED = "the numbers of windows above, of the same text"
 
 
 def counts(result):

@@ -31,9 +31,10 @@ def verdicts(result):
     """The claims of Section 4.2 about the signal, with the paper's scaling."""
     def pair(a, b="lrp"):
         return against(result["rows"], "rate", RATES, *({"signal": each, "scale": "mean"} for each in (a, b)))
+    signals = pair("wxg") + pair("fisher") + pair("wxg", "fisher")
     made = [verdict(
-        "Integration dominates the signal: LRP, W×Grad and Fisher yield identical perplexity.",
-        every(pair("wxg") + pair("fisher") + pair("wxg", "fisher"), "no difference"),
+        "Integration dominates the signal: LRP, W×Grad and Fisher yield the same perplexity (here: to 1 %).",
+        every(signals, "no difference", "lower", "higher") and all(abs(mean) <= 1 for mean, *_ in signals),
         f"against LRP, W×Grad {listed(RATES, pair('wxg'))}, and Fisher {listed(RATES, pair('fisher'))}.",
         "Fisher squares the gradient, so few weights carry nearly all of its influence and the rest are left with the all-ones "
         "anchor; W×Grad and LRP are of first order. To tell: √Fisher, of the gradient's own scale (compare the row 'gradient').")]
