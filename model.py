@@ -206,7 +206,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 def read_json(path):
     try:
-        return dict(json.loads(path.read_text("utf-8")))
+        return dict(**json.loads(path.read_text("utf-8")))
     except (ValueError, TypeError, OSError) as e:
         raise InputError(f"{path} is not readable as a JSON object ({e}); copy it again from where it came") from None
 
