@@ -52,7 +52,9 @@ def parse_config(raw):
     if raw.get("quantization_config"):
         raise InputError("the checkpoint is quantized (quantization_config); point at its fp32, fp16 or bf16 original")
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
+    if not isinstance(scaling, dict):
+        raise InputError(f"config.json has rope_scaling {scaling!r}; expected an object")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
     wanted = {"default": (), "linear": ("factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
     if kind not in wanted:
