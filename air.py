@@ -22,7 +22,7 @@ import fast
 from calibrate import add_calibration_arguments, calibration_windows, choose, digest, embed, evaluation_windows, forward_sweep
 from eval_ppl import evaluate
 from influence import SIGNALS, backward_sweep, check_signal, start_gradient
-from large import Spill, add_up, divide, from_first, gather, plan, processes, start_processes
+from large import Spill, add_up, divide, end_processes, from_first, gather, plan, processes, start_processes
 from model import LAYERS, READS, Checkpoint, Folder, InputError, Writer, check_target, parser, pick_device, run, write_json
 
 FAST_FROM = 1024        # from this width on, fast.py computes the same with less work; math.inf keeps to the lines below
@@ -424,6 +424,7 @@ def main():
         seconds = {"prepare": time.time() - start}
         report = compress(ckpt, sweep, writer, args.rate, how, device, left, say)
         seconds |= report.pop("seconds")
+        end_processes()
         if rank:                                    # process 0 writes and evaluates
             return
         start = time.time()

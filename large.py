@@ -1,5 +1,4 @@
 """What a model larger than memory, or several processes, add to air.py: block inputs on disk, a plan, a division of the work."""
-import atexit
 import os
 import timeit
 from pathlib import Path
@@ -40,8 +39,12 @@ def start_processes(device):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
     return device
+
+
+def end_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def processes():
