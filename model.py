@@ -277,7 +277,7 @@ class Checkpoint:
                                  "expected exactly those config.json implies: check that both belong together")
         for name, shape in expected.items():
             if self.tensors[name][0] != shape:
-                raise InputError(f"{name} has shape {self.tensors[name][0]}, config.json implies {shape}: do both match?")
+                raise InputError(f"{name} has shape {self.tensors[name][0]}, config.json implies {shape}; use matching files")
             if self.tensors[name][1] not in DTYPES.values():
                 raise InputError(f"{name} is stored as {self.tensors[name][1]}; expected fp32, fp16 or bf16")
         self.names = list(expected)
