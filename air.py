@@ -407,7 +407,7 @@ def main():
     rank, world = processes()
     if len(windows) < world:
         raise InputError(f"{len(windows)} windows cannot be divided among {world} processes; expected one for each at least")
-    planned = plan(ckpt, cut, windows.numel(), dtype, device, signal, need, args.stats, args.spill)
+    planned = plan(ckpt, cut, windows.shape, dtype, device, signal, need, args.stats, args.spill)
     facts = {"checkpoint": ckpt.fingerprint(), "windows": digest(windows), "dtype": str(dtype), "rate": args.rate,
              "layers": args.layers, **how}
     with Writer(out, need, args.overwrite, facts, keep=bool(args.stats)) if rank == 0 else nullcontext() as writer:

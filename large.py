@@ -1,4 +1,5 @@
 """What a model larger than memory, or several processes, add to air.py: block inputs on disk, a plan, a division of the work."""
+import math
 import os
 import timeit
 from pathlib import Path
@@ -101,33 +102,33 @@ def machine_rates(device, dtype):
     return 2 * n**3 / seconds(lambda: a @ a), 2 * n**3 / seconds(lambda: b @ b), 2 * x.nbytes / seconds(lambda: y.copy_(x))
 
 
-def costs(cfg, cut, tokens, itemsize, signal):
+def costs(cfg, cut, windows, itemsize, signal):
     """({stage: (FLOP in the model's dtype, FLOP in fp32, bytes moved)}, {what: bytes held}) as README.md, "Cost", derives them.
 
-    cut {layer: (m, n, rank)} of the layers to be decomposed; every block is swept.
+    cut {layer: (m, n, rank)} of the layers to be decomposed; windows (how many, tokens each); every block is swept.
     """
-    L, q, kv = cfg.n_layers, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+    tokens, L, q, kv = math.prod(windows), cfg.n_layers, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
     widths, weights = (cfg.dim, q, cfg.dim, cfg.hidden), cfg.dim * (2 * q + 2 * kv + 3 * cfg.hidden)        # of one block
     squares, passes = sum(n * n for n in widths), 4 if signal else 1
+    influence, largest = 4 * weights if signal else 0, 8 * max(widths) ** 2                 # fp32; the widest ΣXXᵀ in fp64
     passed = sum(k * m * n for m, n, k in cut.values())
     stages = {
-        "sweeps": (2 * tokens * weights * L * passes, 0, passes * weights * itemsize * L),
-        "ΣXXᵀ": (0, 2 * tokens * squares * L, 0),
+        "sweeps": (2 * tokens * weights * L * passes, 0, passes * weights * itemsize * L + 6 * windows[0] * influence * L),
+        "ΣXXᵀ": (0, 2 * tokens * squares * L, 24 * windows[0] * squares * L),
         "Cholesky and SVD": (0, sum(n**3 / 3 + m * n * (2 * n + 1.1 * min(m, n) + 2 * k) + 12 * min(m, n)**3
                                     for m, n, k in cut.values()), 0),
         "ALS": (0, 34 * passed, 15 * passed)}
-    influence, largest = 4 * weights if signal else 0, 8 * max(widths) ** 2                 # fp32; the widest ΣXXᵀ in fp64
     return stages, {
         "inputs": tokens * cfg.dim * itemsize * (L + 1 if signal else 1), "statistics": L * (influence + 8 * squares),
         "block": influence + 8 * squares + max(weights * itemsize * (2 if signal else 1) + largest, 3 * largest)}
 
 
-def plan(ckpt, cut, tokens, dtype, device, signal, result, stats, spill):
+def plan(ckpt, cut, windows, dtype, device, signal, result, stats, spill):
     """Memory, disk and time of a run, as one line; `result`: bytes to be written. Raises InputError for what does not fit."""
-    stages, held = costs(ckpt.cfg, cut, tokens, dtype.itemsize, signal)
+    stages, held = costs(ckpt.cfg, cut, windows, dtype.itemsize, signal)
     rates, world = machine_rates(device, dtype), processes()[1]
     minutes = sum(work / rate for stage in stages.values() for work, rate in zip(stage, rates)) / world / 60
-    inputs = 2 * tokens * ckpt.cfg.dim * dtype.itemsize if spill else held["inputs"]
+    inputs = 2 * math.prod(windows) * ckpt.cfg.dim * dtype.itemsize if spill else held["inputs"]
     host = inputs + (held["block"] * world if device.type == "cpu" else 0)
     for need, where, way in ((host, torch.device("cpu"), "--spill DIR keeps block inputs on disk, fewer --samples shrink them"),
                              (held["block"], device, "--device cpu works in the host's memory")):

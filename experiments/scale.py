@@ -89,7 +89,7 @@ def whole_run(config, args):
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     rates = machine_rates(device, dtype)
-    stages, kept = costs(ckpt.cfg, cut, args.samples * args.seqlen, dtype.itemsize, "lrp")
+    stages, kept = costs(ckpt.cfg, cut, (args.samples, args.seqlen), dtype.itemsize, "lrp")
     return {"blocks": ckpt.cfg.n_layers, "checkpoint_bytes": size, "windows": [args.samples, args.seqlen], "dtype": str(dtype)[6:],
             "rate": args.rate, "solved": args.solve, "peak_anonymous_bytes": peak, "peak_gpu_bytes": result["peak_gpu_bytes"], "wall_s": seconds,
             "seconds": result["seconds"], "repairs": len(result["repairs"]),

@@ -373,7 +373,8 @@ def test_interrupted(how, code, tmp_path):
     """Ctrl-C says so and removes what it wrote; after kill -9 the target is not there either, and the next run finishes."""
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "air.py"), "--out", str(out), "--samples", "8", "--text", "none", "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)        # noqa: E731   a shell's background job ignores it
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     for line in process.stderr:
         if "model.layers" in line:
             break
