@@ -22,7 +22,7 @@ def main():
         code, _, err = finish(*arguments[:4], "--out", tmp / "undisturbed")
         assert code == 0, err
         length = time.time() - begin
-        at = [rng.uniform(0.1, 1.2) * length for _ in range(moments)]
+        at = [rng.uniform(0.1, 1.0) * length for _ in range(moments)]
         for moment, err in zip(at, killed_and_run_again(arguments, tmp / "out", at, tmp / "undisturbed")):
             went_on = next((line for line in err.splitlines() if line.startswith("going on")), "from the statistics, or the beginning")
             print(f"killed after {moment:5.1f} s of {length:.1f}; the rerun: {went_on}", flush=True)
