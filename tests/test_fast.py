@@ -39,6 +39,20 @@ def test_truncated_svd_is_optimal(m, n, k, decay, outliers, device):
     assert (factors[2] @ factors[2].T - torch.eye(k, device=device)).abs().max() < 2e-3 and (factors[1] >= 0).all()
 
 
+def test_huge_directions_do_not_send_it_to_the_ordinary_svd(monkeypatch):
+    """W' = WS has a few directions of 1e6 times the energy of the rest: taken out first, the fast way goes on."""
+    sigma = torch.logspace(0, -0.5, 300, dtype=torch.float64)
+    sigma[:4] = torch.tensor((3000, 1000, 300, 100))
+    W = with_spectrum(400, 300, sigma)
+
+    def called(*args, **more):
+        raise AssertionError("the ordinary SVD was called")
+    monkeypatch.setattr(torch.linalg, "svd", called)
+    U, S, Vh = fast.truncated_svd(W, 90)
+    left, least = (W.double() - (U * S).double() @ Vh.double()).square().sum(), sigma[90:].square().sum()
+    assert abs(left - least) < 1e-6 * least
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("m, n, k, block", [(60, 40, 17, 8), (40, 60, 8, 8), (50, 50, 5, 8), (64, 48, 20, 1), (30, 50, 20, 3)])
