@@ -29,6 +29,18 @@ MUTANTS = [     # what, file, correct text, mistake, the tests that look
     ("finished work recognised by its presence", "model.py", "self.files = found[\"files\"]",
      "self.files = {f.name: {'sha256': None, 'note': None} for f in self.path.glob('*.safetensors')}", "test_large"),
     ("each process keeps its own sums", "large.py", "dist.all_reduce(stats[key])", "pass", "test_large"),
+    ("values' bias added once a column", "generate.py", "y + part.qkv.bias[2].view", "y + span * part.qkv.bias[2].view",
+     "test_generate"),
+    ("padding seen", "generate.py", "seen & (every >= self.start[:, None, None])", "seen", "test_generate"),
+    ("a padded row's positions off by one", "generate.py", "(columns - self.start[:, None])",
+     "(columns - self.start[:, None] + 1)", "test_generate"),
+    ("U_k of the next kv head", "generate.py", "torch.bmm(mixed, part.U)", "torch.bmm(mixed, part.U.roll(1, 0))", "test_generate"),
+    ("the token that crosses top_p dropped", "generate.py", "probs.cumsum(-1) - probs < top_p", "probs.cumsum(-1) < top_p",
+     "test_generate"),
+    ("penalty rewards likely tokens", "generate.py", "logits / self.penalty, logits", "logits * self.penalty, logits",
+     "test_generate"),
+    ("all rows draw the same numbers", "generate.py", "manual_seed(seed + b)", "manual_seed(seed)", "test_generate"),
+    ("EOS counted", "generate.py", "if left[b] and token not in eos else", "if left[b] else", "test_generate"),
     ("half-split RoPE interleaved", "model.py", "a, b = x.chunk(2, dim=-1)", "a, b = x[..., ::2], x[..., 1::2]", "test_model"),
 ]
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate as G
@@ -194,10 +195,15 @@ def test_prefill_memory_is_linear_and_decoding_expands_no_cache():
 def test_one_row_product_equals_linear():
     for m, n in ((10, 7), (11, 7), (64, 33), (66, 33), (32, 5), (1, 1)):
         x, w = torch.randn(1, 1, n), torch.randn(m, n)
-        matrix = G.Matrix(w)
-        assert torch.equal(matrix.w, w) and matrix(x).shape == (1, 1, m)
-        assert torch.allclose(matrix(x).double(), x.double() @ w.double().T, atol=1e-5)
-        assert torch.allclose(matrix(x.expand(3, 2, n)), matrix(x).expand(3, 2, m), atol=1e-5)
+        before, matrix = w.clone(), G.Matrix(w)
+        y, = matrix(x)
+        assert torch.equal(w, before) and y.shape == (1, 1, m)
+        assert w.untyped_storage().data_ptr() == matrix.w.untyped_storage().data_ptr()     # not held twice
+        assert torch.allclose(y.double(), x.double() @ w.double().T, atol=1e-5)
+        assert torch.allclose(matrix(x.expand(3, 2, n))[0], y.expand(3, 2, m), atol=1e-5)
+    x, parts = torch.randn(1, 1, 33), [torch.randn(m, 33) for m in (11, 64, 2)]
+    for y, w in zip(G.Matrix(*parts)(x), parts, strict=True):
+        assert torch.allclose(y, F.linear(x, w), atol=1e-5)
 
 
 def test_alignment_changes_no_logit(case):
