@@ -52,9 +52,8 @@ class Sampler:
 
     def __init__(self, prompts, vocab, steps, device, temperature=1.0, top_k=0, top_p=1.0, penalty=1.0, seed=0):
         self.temperature, self.top, self.penalty = temperature, (top_k, top_p), penalty
-        uniform = [torch.rand(steps, generator=torch.Generator().manual_seed(seed + b), dtype=torch.float64)
-                   for b in range(len(prompts))]
-        self.uniform = torch.stack(uniform, dim=1).to(device)                           # (steps, B)
+        draw = lambda b: torch.rand(steps, generator=torch.Generator().manual_seed(seed + b), dtype=torch.float64)
+        self.uniform = torch.stack([draw(b) for b in range(len(prompts))], dim=1).to(device)            # (steps, B)
         self.drawn = torch.zeros(1, dtype=torch.long, device=device)                    # a tensor, so that a graph can count
         self.seen = torch.stack([torch.bincount(torch.tensor(ids), minlength=vocab) > 0 for ids in prompts]).to(device)
 
@@ -101,8 +100,7 @@ class Matrix:
 
 
 def align(layer, multiple=8):
-    """Pad a low-rank layer's rank with zeros: the same product, with rows of U that begin at the 16 bytes which CUDA's fast
-    16-bit kernels need."""
+    """Pad a low-rank layer's rank with zeros: the same product, its rows aligned as CUDA's fast 16-bit kernels need."""
     pad = -len(layer.V.weight) % multiple
     layer.V.weight.data = F.pad(layer.V.weight, (0, 0, 0, pad))                         # (k + pad, n)
     layer.U.weight.data = F.pad(layer.U.weight, (0, pad))                               # (m, k + pad)
@@ -192,12 +190,12 @@ class Decoder:
         self.parts = []
         for l, block in enumerate(model.model.layers):
             att, mlp, U = block.self_attn, block.mlp, None
+            qkv = Reads(att.q_proj, att.k_proj, att.v_proj, fuse=fuse)
             if value_shape(self.cfg, l, o2) != (G, D):
                 U = att.v_proj.U.weight.unflatten(0, (G, D)).mT                         # O2: U_k by kv head, (G, r, D)
             self.parts.append(SimpleNamespace(
-                norms=(block.input_layernorm.weight, block.post_attention_layernorm.weight), U=U, out=Reads(att.o_proj),
-                qkv=Reads(att.q_proj, att.k_proj, att.v_proj, fuse=fuse), mlp=Reads(mlp.gate_proj, mlp.up_proj, fuse=fuse),
-                down=Reads(mlp.down_proj)))
+                norms=(block.input_layernorm.weight, block.post_attention_layernorm.weight), qkv=qkv, U=U, out=Reads(att.o_proj),
+                mlp=Reads(mlp.gate_proj, mlp.up_proj, fuse=fuse), down=Reads(mlp.down_proj)))
 
     @torch.no_grad()
     def prefill(self, prompts, steps):
@@ -275,8 +273,7 @@ class Decoder:
         for l, part in enumerate(self.parts):
             h = self.rms_norm(x, part.norms[0])
             x = x + part.out(self.attention(l, part, h, rotation, every, columns, span, mask))[0]
-            h = self.rms_norm(x, part.norms[1])
-            gate, up = part.mlp(h)                                                      # (B, T, hidden)
+            gate, up = part.mlp(self.rms_norm(x, part.norms[1]))                        # (B, T, hidden)
             x = x + part.down(F.silu(gate) * up)[0]
         return self.head(self.rms_norm(x[:, -1:], self.norm))[0][:, 0]
 

@@ -80,6 +80,8 @@ def test_cached_logits_equal_the_uncached_models(case, prompts, monkeypatch):
         for b, t, logits in follow(decoder, ids, PROMPTS[prompts]):
             assert (logits - expected[b][t]).abs().max() < 1e-4, (o1, o2, o3, fuse, chunk, b, t)
     assert torch.equal(model(ids[0][None])[0], expected[0])                             # taken over, and still the same model
+    own = {w.untyped_storage().data_ptr() for w in model.parameters()}                  # and held once
+    assert all(part.U is None or part.U.untyped_storage().data_ptr() in own for part in decoder.parts)
 
 
 def test_a_captured_step_is_the_same_step(case):
