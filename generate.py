@@ -23,6 +23,7 @@ from calibrate import Tokenizer
 from model import Checkpoint, InputError, LowRank, free_bytes, parser, pick_device, rope, rotate, run, wide
 
 CHUNK = 2048        # columns × rows of one piece of a prompt: bounds the memory of the prefill
+FEW = 32            # rows up to which a matrix is multiplied slice by slice on a CPU
 SPAN = 256          # a captured graph attends to a multiple of this many columns
 
 
@@ -47,8 +48,7 @@ class Sampler:
     """Draws the next tokens (B,) from logits (B, vocab); -1 for a row whose logits are not finite.
 
     Row b takes one uniform number a token from a CPU generator seeded with seed + b, whatever stands beside it and whatever the
-    device. `penalty` divides positive, multiplies negative logits of tokens the row already has (CTRL, Keskar et al., 2019).
-    """
+    device. `penalty` divides positive, multiplies negative logits of tokens the row already has (CTRL, Keskar et al., 2019)."""
 
     def __init__(self, prompts, vocab, steps, device, temperature=1.0, top_k=0, top_p=1.0, penalty=1.0, seed=0):
         self.temperature, self.top, self.penalty = temperature, (top_k, top_p), penalty
@@ -77,9 +77,8 @@ class Matrix:
     """Weights w_i (m_i, n) that read the same input, stored as one matrix (m, n): x (..., n) -> [x w_iᵀ (..., m_i)].
 
     The weights given become views of it: nothing is held twice, and their model still computes the same. On a CPU MKL
-    multiplies a single fp32 row on one thread, which cannot draw the memory's bandwidth; as a batch, one slice of the rows a
-    thread, it uses all. A tall matrix is stored column after column there: short rows are slow to sum.
-    """
+    multiplies few fp32 rows of x on one thread, which cannot draw the memory's bandwidth; as a batch, one slice of w a thread,
+    it uses all. A tall matrix is stored column after column there: short rows are slow to sum."""
 
     def __init__(self, *weights):
         n, m, threads = weights[0].shape[1], sum(map(len, weights)), torch.get_num_threads()
@@ -92,10 +91,12 @@ class Matrix:
             weight.data = part.copy_(weight)
 
     def __call__(self, x):
-        if self.slices is None or x.numel() > x.shape[-1]:
+        rows = x.numel() // x.shape[-1]
+        if self.slices is None or rows > FEW:
             y = F.linear(x, self.w)
         else:
-            y = torch.bmm(x.expand(len(self.slices), 1, -1), self.slices).view(1, 1, -1)                    # x (1, 1, n)
+            y = torch.bmm(x.reshape(1, rows, -1).expand(len(self.slices), -1, -1), self.slices)             # (threads, rows, ...)
+            y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
         return [y] if y.shape[-1] == self.sizes[0] else y.split(self.sizes, dim=-1)[:-1]
 
 
@@ -175,8 +176,7 @@ class Decoder:
     """A model prepared for generation: `prefill` a batch of prompts, then `step` (or `advance`) one token a row at a time.
 
     o1, o2, o3: see the top of this file. fuse: layers that read the same input share one product. graph: on CUDA a step,
-    drawing included, is captured once and replayed; needs o3. Each can be switched off alone: the logits stay the model's.
-    """
+    drawing included, is captured once and replayed; needs o3. Each can be switched off alone: the logits stay the model's."""
 
     def __init__(self, model, o1=True, o2=True, o3=True, fuse=True, graph=True):
         self.model, self.cfg, self.o1, self.o2, self.o3 = model, model.cfg, o1, o2, o3
@@ -311,8 +311,7 @@ def generate(decoder, prompts, max_new_tokens, eos=frozenset(), stop=lambda row,
 
     A row ends after `max_new_tokens`, at the end of the model's context, before any id in `eos`, or when stop(row, token),
     called once for every token, is true. `sampling`: temperature, top_k, top_p, penalty, seed of `Sampler`.
-    Raises InputError as `Decoder.prefill` does, RuntimeError for logits that are not finite.
-    """
+    Raises InputError as `Decoder.prefill` does, RuntimeError for logits that are not finite."""
     left = [min(max_new_tokens, decoder.cfg.context - len(ids)) for ids in prompts]
     logits = decoder.prefill(prompts, max(left))
     decoder.sampler = Sampler(prompts, decoder.cfg.vocab, max(left), decoder.device, **sampling)

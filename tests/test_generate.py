@@ -194,7 +194,7 @@ def test_prefill_memory_is_linear_and_decoding_expands_no_cache():
     assert max(others) <= 8 * 4 * 1025                                                  # the scores; expanded keys: 8 times that
 
 
-def test_one_row_product_equals_linear():
+def test_a_stored_matrix_multiplies_as_linear_does():
     for m, n in ((10, 7), (11, 7), (64, 33), (66, 33), (32, 5), (1, 1)):
         x, w = torch.randn(1, 1, n), torch.randn(m, n)
         before, matrix = w.clone(), G.Matrix(w)
@@ -202,7 +202,9 @@ def test_one_row_product_equals_linear():
         assert torch.equal(w, before) and y.shape == (1, 1, m)
         assert w.untyped_storage().data_ptr() == matrix.w.untyped_storage().data_ptr()     # not held twice
         assert torch.allclose(y.double(), x.double() @ w.double().T, atol=1e-5)
-        assert torch.allclose(matrix(x.expand(3, 2, n))[0], y.expand(3, 2, m), atol=1e-5)
+        for rows in (6, G.FEW + 2):
+            x = torch.randn(2, rows // 2, n)
+            assert torch.allclose(matrix(x)[0], F.linear(x, before), atol=1e-5)
     x, parts = torch.randn(1, 1, 33), [torch.randn(m, 33) for m in (11, 64, 2)]
     for y, w in zip(G.Matrix(*parts)(x), parts, strict=True):
         assert torch.allclose(y, F.linear(x, w), atol=1e-5)
