@@ -17,20 +17,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from calibrate import Tokenizer
 from model import Checkpoint, InputError, LowRank, free_bytes, parser, pick_device, rope, rotate, run, wide
 
 CHUNK = 2048        # columns × rows of one piece of a prompt: bounds the memory of the prefill
+FEW = 32            # rows up to which a matrix is multiplied slice by slice on a CPU
 SPAN = 256          # a captured graph attends to a multiple of this many columns
 
 
-# ---------------------------------------------------------------------------------------------- drawing a token
 def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Next-token probabilities (..., vocab) from logits (..., vocab): softmax(logits/temperature), limited to the `top_k` most
-    likely tokens (0: all), then to the fewest whose probability reaches `top_p`. Temperature 0: all on the largest."""
+    """Probabilities (..., vocab) of the next token: softmax(logits/temperature), limited to the `top_k` most likely tokens
+    (0: all), then to the fewest whose probability reaches `top_p`. Temperature 0: all on the largest logit."""
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     probs = ((logits - logits.amax(-1, keepdim=True)).float() / temperature).softmax(-1)
@@ -48,104 +47,87 @@ def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
 class Sampler:
     """Draws the next tokens (B,) from logits (B, vocab); -1 for a row whose logits are not finite.
 
-    Row b uses one uniform number a token from a CPU generator seeded with seed + b: its text depends neither on the rows
-    beside it nor on the device. `penalty` divides positive and multiplies negative logits of tokens the row already has.
-    Source of the penalty: CTRL, Keskar et al., 2019.
-    """
+    Row b takes one uniform number a token from a CPU generator seeded with seed + b, whatever stands beside it and whatever the
+    device. `penalty` divides positive, multiplies negative logits of tokens the row already has (CTRL, Keskar et al., 2019)."""
 
     def __init__(self, prompts, vocab, steps, device, temperature=1.0, top_k=0, top_p=1.0, penalty=1.0, seed=0):
-        self.settings, self.penalty, self.seen = (temperature, top_k, top_p), penalty, None
-        rows = [torch.rand(steps, generator=torch.Generator().manual_seed(seed + b), dtype=torch.float64)
-                for b in range(len(prompts))]
-        self.uniform = torch.stack(rows, dim=1).to(device)                              # (steps, B)
+        self.temperature, self.top, self.penalty = temperature, (top_k, top_p), penalty
+        draw = lambda b: torch.rand(steps, generator=torch.Generator().manual_seed(seed + b), dtype=torch.float64)
+        self.uniform = torch.stack([draw(b) for b in range(len(prompts))], dim=1).to(device)            # (steps, B)
         self.drawn = torch.zeros(1, dtype=torch.long, device=device)                    # a tensor, so that a graph can count
-        if penalty != 1:
-            self.seen = torch.zeros(len(prompts), vocab, dtype=torch.bool)
-            for row, ids in zip(self.seen, prompts):
-                row[ids] = True
-            self.seen = self.seen.to(device)
+        self.seen = torch.stack([torch.bincount(torch.tensor(ids), minlength=vocab) > 0 for ids in prompts]).to(device)
 
     def __call__(self, logits):
         finite, logits = torch.isfinite(logits).all(-1), logits.float()
-        if self.seen is not None:
+        if self.penalty != 1:
             logits = torch.where(self.seen, torch.where(logits > 0, logits / self.penalty, logits * self.penalty), logits)
-        if self.settings[0] == 0:
+        if self.temperature == 0:
             token = logits.argmax(-1)
         else:
-            probs = filtered(logits, *self.settings)
+            probs = filtered(logits, self.temperature, *self.top)
             cdf = probs.double().cumsum(-1)
             u = self.uniform.index_select(0, self.drawn).T                              # (B, 1)
             token = ((cdf > u * cdf[:, -1:]) & (probs > 0)).int().argmax(-1)            # the first beyond u
             self.drawn += 1
-        if self.seen is not None:
-            self.seen.scatter_(1, token[:, None], True)
+        self.seen.scatter_(1, token[:, None], True)
         return token.masked_fill(~finite, -1)
 
 
-# ---------------------------------------------------------------------------------------------- products
 class Matrix:
-    """A weight w (m, n), stored for the product x wᵀ: (..., n) -> (..., m).
+    """Weights w_i (m_i, n) that read the same input, stored as one matrix (m, n): x (..., n) -> [x w_iᵀ (..., m_i)].
 
-    On a CPU MKL multiplies a single fp32 row on one thread, which cannot draw the memory's bandwidth; as a batch, one slice of
-    w a thread, it uses all. A tall w is stored column after column there (unless `keep`): short rows are slow to sum.
-    """
+    The weights given become views of it: nothing is held twice, and their model still computes the same. On a CPU MKL
+    multiplies few fp32 rows of x on one thread, which cannot draw the memory's bandwidth; as a batch, one slice of w a thread,
+    it uses all. A tall matrix is stored column after column there: short rows are slow to sum."""
 
-    def __init__(self, w, keep=False):
-        threads, fp32 = torch.get_num_threads(), w.dtype == torch.float32 and w.device.type == "cpu"
-        self.w = w.T.contiguous().T if fp32 and not keep and len(w) >= 2 * w.shape[1] else w
-        self.slices = self.w.unflatten(0, (threads, -1)).mT if fp32 and len(w) % threads == 0 else None     # (t, n, m/t)
+    def __init__(self, *weights):
+        n, m, threads = weights[0].shape[1], sum(map(len, weights)), torch.get_num_threads()
+        fp32 = weights[0].dtype == torch.float32 and weights[0].device.type == "cpu"
+        self.sizes = [*map(len, weights), -m % threads if fp32 else 0]
+        m, new = sum(self.sizes), weights[0].new_zeros
+        self.w = new(n, m).T if fp32 and m >= 2 * n else new(m, n)
+        self.slices = self.w.unflatten(0, (threads, -1)).mT if fp32 else None           # (threads, n, m/threads)
+        for weight, part in zip(weights, self.w.split(self.sizes)):
+            weight.data = part.copy_(weight)
 
     def __call__(self, x):
-        if self.slices is None or x.numel() > x.shape[-1]:
-            return F.linear(x, self.w)
-        return torch.bmm(x.expand(len(self.slices), 1, -1), self.slices).view(1, 1, -1)                     # x (1, 1, n)
+        rows = x.numel() // x.shape[-1]
+        if self.slices is None or rows > FEW:
+            y = F.linear(x, self.w)
+        else:
+            y = torch.bmm(x.reshape(1, rows, -1).expand(len(self.slices), -1, -1), self.slices)             # (threads, rows, ...)
+            y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+        return [y] if y.shape[-1] == self.sizes[0] else y.split(self.sizes, dim=-1)[:-1]
 
 
 def align(layer, multiple=8):
-    """Pad a low-rank layer's rank with zeros to a multiple of `multiple`: it computes the same, with rows of U that begin at
-    16 bytes, which CUDA's 16-bit products need for their fast kernels."""
+    """Pad a low-rank layer's rank with zeros: the same product, its rows aligned as CUDA's fast 16-bit kernels need."""
     pad = -len(layer.V.weight) % multiple
-    layer.V.weight = nn.Parameter(F.pad(layer.V.weight, (0, 0, 0, pad)), requires_grad=False)               # (k + pad, n)
-    layer.U.weight = nn.Parameter(F.pad(layer.U.weight, (0, pad)), requires_grad=False)                     # (m, k + pad)
+    layer.V.weight.data = F.pad(layer.V.weight, (0, 0, 0, pad))                         # (k + pad, n)
+    layer.U.weight.data = F.pad(layer.U.weight, (0, pad))                               # (m, k + pad)
 
 
 class Reads:
-    """Layers that read the same input: their first factors (V, or W of a dense layer) as one matrix, one product; then U.
-
-    The layers' own weights become views of these matrices, so nothing is held twice and the model still computes the same.
-    `fuse` False keeps one matrix a layer. Rows are padded to a multiple of the CPU's threads, for `Matrix`.
-    """
+    """Layers that read the same input: one product with their first factors (V, or W of a dense layer), then one with each U.
+    `fuse` False: one product with each first factor."""
 
     def __init__(self, *layers, fuse=True):
-        low, self.stacks = [isinstance(layer, LowRank) for layer in layers], []
-        first = [layer.V if l else layer for layer, l in zip(layers, low)]
-        last = [layer.U if l else layer for layer, l in zip(layers, low)]
-        for group in [first] if fuse else [[f] for f in first]:
-            sizes = [len(f.weight) for f in group]
-            sizes.append(-sum(sizes) % torch.get_num_threads())
-            stack = Matrix(torch.cat([f.weight for f in group] + [group[0].weight.new_zeros(sizes[-1], group[0].in_features)]))
-            for f, part in zip(group, stack.w.split(sizes)):
-                f.weight = nn.Parameter(part, requires_grad=False)
-            self.stacks.append((stack, sizes))
-        self.U = [Matrix(f.weight) if l else None for f, l in zip(last, low)]
-        for f, U in zip(last, self.U):
-            f.weight = nn.Parameter(U.w, requires_grad=False) if U else f.weight
-        self.bias = [f.bias for f in last]
+        first, last = zip(*[(layer.V, layer.U) if isinstance(layer, LowRank) else (layer, layer) for layer in layers])
+        self.V = [Matrix(*(layer.weight for layer in group)) for group in ([first] if fuse else zip(first))]
+        self.U = [None if a is b else Matrix(b.weight) for a, b in zip(first, last)]
+        self.bias = [layer.bias for layer in last]
 
-    def first(self, x):
-        """x (..., n) -> [Vx of a low-rank layer, Wx of a dense one], without bias."""
-        return [part for stack, sizes in self.stacks for part in stack(x).split(sizes, dim=-1)[:-1]]
+    def first(self, x):                                 # (..., n) -> [Vx of a low-rank layer, Wx of a dense one]
+        return [z for V in self.V for z in V(x)]
 
-    def second(self, i, z):
-        """What is left of layer i after its first factor: U z + b of a low-rank one, z + b of a dense one."""
-        z = self.U[i](z) if self.U[i] else z
+    def second(self, i, z):                             # what is left of layer i: Uz + b of a low-rank one, z + b of a dense one
+        z = self.U[i](z)[0] if self.U[i] else z
         return z if self.bias[i] is None else z + self.bias[i]
 
     def __call__(self, x):
         return [self.second(i, z) for i, z in enumerate(self.first(x))]
 
 
-# ---------------------------------------------------------------------------------------------- memory
 def value_shape(cfg, l, o2=True):
     """(heads, width) of a cached value in block l: (1, r_v) where the low-rank form is the smaller one, else (G, D)."""
     r = cfg.ranks.get(f"model.layers.{l}.self_attn.v_proj")
@@ -155,14 +137,13 @@ def value_shape(cfg, l, o2=True):
 
 def estimate(cfg, B, T, S, itemsize, o1=True, o2=True, o3=True):
     """(bytes of the cache, bytes of all else beside the weights at its peak) for B prompts of T tokens and S columns."""
-    full, shapes = cfg.n_kv_heads * cfg.head_dim, [value_shape(cfg, l, o2) for l in range(cfg.n_layers)]
-    cache = B * S * sum(full + math.prod(shape) for shape in shapes) * itemsize
-    chunk, heads = min(T, max(1, CHUNK // B)), cfg.n_heads * cfg.head_dim
-    layer = B * S * full * itemsize                                                     # keys, or full values, of one block
-    copies = layer * (any(math.prod(shape) < full for shape in shapes) + 3 * (not o1) + (not o3))
-    mask = B * chunk * S * cfg.n_heads // cfg.n_kv_heads * (itemsize + 1)
-    rows = B * chunk * ((4 * cfg.dim + 3 * heads + 4 * cfg.hidden) * itemsize + 8 * cfg.dim)
-    return cache, copies + max(mask + rows, B * S * cfg.n_heads * (itemsize + 8)) + 6 * 4 * B * cfg.vocab
+    keys, values = cfg.n_kv_heads * cfg.head_dim, [math.prod(value_shape(cfg, l, o2)) for l in range(cfg.n_layers)]
+    copies = B * S * keys * itemsize * ((min(values) < keys) + 3 * (not o1) + (not o3))     # of one block's keys or full values
+    chunk = B * min(T, max(1, CHUNK // B))
+    mask = chunk * S * cfg.n_heads // cfg.n_kv_heads * (itemsize + 1)
+    rows = chunk * ((4 * cfg.dim + 3 * cfg.n_heads * cfg.head_dim + 4 * cfg.hidden) * itemsize + 8 * cfg.dim)
+    return (B * S * (cfg.n_layers * keys + sum(values)) * itemsize,
+            copies + max(mask + rows, B * S * cfg.n_heads * (itemsize + 8)) + 6 * 4 * B * cfg.vocab)
 
 
 class Cache:
@@ -171,24 +152,19 @@ class Cache:
 
     def __init__(self, cfg, B, S, o2, static, like):
         new = lambda heads, width: like.new_zeros(B, heads, S if static else 0, width)
-        self.static = static
         self.k = [new(cfg.n_kv_heads, cfg.head_dim) for _ in range(cfg.n_layers)]
-        self.v = [new(*value_shape(cfg, l, o2)) for l in range(cfg.n_layers)]
+        self.v, self.static = [new(*value_shape(cfg, l, o2)) for l in range(cfg.n_layers)], static
 
     def write(self, l, k, v, columns, span):
         """Write k, v (B, heads, T, width) into `columns` (T,) of block l; returns its first `span` columns."""
         for store, new in ((self.k, k), (self.v, v)):
-            if self.static:
-                store[l].index_copy_(2, columns, new)
-            else:
-                store[l] = torch.cat((store[l], new), dim=2)
+            store[l] = store[l].index_copy_(2, columns, new) if self.static else torch.cat((store[l], new), dim=2)
         return self.k[l][:, :, :span], self.v[l][:, :, :span]
 
     def bytes(self):
         return sum(t.nbytes for t in self.k + self.v)
 
 
-# ---------------------------------------------------------------------------------------------- the decoder
 def check_prompts(prompts, cfg):
     """Raise InputError for an empty prompt or one that leaves no room in the model's context."""
     for n in map(len, prompts):
@@ -200,63 +176,49 @@ class Decoder:
     """A model prepared for generation: `prefill` a batch of prompts, then `step` (or `advance`) one token a row at a time.
 
     o1, o2, o3: see the top of this file. fuse: layers that read the same input share one product. graph: on CUDA a step,
-    the drawing of the token included, is captured once and replayed; needs o3. Each can be switched off alone, and the
-    logits stay the model's. The model's weights are taken over, not copied.
-    """
+    drawing included, is captured once and replayed; needs o3. Each can be switched off alone: the logits stay the model's."""
 
     def __init__(self, model, o1=True, o2=True, o3=True, fuse=True, graph=True):
         self.model, self.cfg, self.o1, self.o2, self.o3 = model, model.cfg, o1, o2, o3
         self.embedding, self.norm = model.model.embed_tokens.weight, model.model.norm.weight
         self.device, self.dtype, G, D = self.embedding.device, self.embedding.dtype, self.cfg.n_kv_heads, self.cfg.head_dim
         self.graph = graph and o3 and self.device.type == "cuda"
-        self.head = Matrix(model.lm_head.weight, keep=self.cfg.tied)                    # a tied one: as the embedding reads it
-        model.lm_head.weight = model.lm_head.weight if self.cfg.tied else nn.Parameter(self.head.w, requires_grad=False)
+        self.head = Matrix(model.lm_head.weight)
         for name, layer in model.named_modules() if self.device.type == "cuda" else ():
             if isinstance(layer, LowRank) and not name.endswith("v_proj"):              # its rank is the cache's width
                 align(layer)
         self.parts = []
         for l, block in enumerate(model.model.layers):
-            att, mlp = block.self_attn, block.mlp
-            part = SimpleNamespace(
-                norms=(block.input_layernorm.weight, block.post_attention_layernorm.weight), out=Reads(att.o_proj),
-                qkv=Reads(att.q_proj, att.k_proj, att.v_proj, fuse=fuse), mlp=Reads(mlp.gate_proj, mlp.up_proj, fuse=fuse),
-                down=Reads(mlp.down_proj), U=None)
-            if value_shape(self.cfg, l, o2) != (G, D):      # O2: U_k of the values, by kv head
-                part.U, part.bias = att.v_proj.U.weight.unflatten(0, (G, D)).mT, att.v_proj.U.bias      # (G, r, D)
-            self.parts.append(part)
+            att, mlp, U = block.self_attn, block.mlp, None
+            qkv = Reads(att.q_proj, att.k_proj, att.v_proj, fuse=fuse)
+            if value_shape(self.cfg, l, o2) != (G, D):
+                U = att.v_proj.U.weight.unflatten(0, (G, D)).mT                         # O2: U_k by kv head, (G, r, D)
+            self.parts.append(SimpleNamespace(
+                norms=(block.input_layernorm.weight, block.post_attention_layernorm.weight), qkv=qkv, U=U, out=Reads(att.o_proj),
+                mlp=Reads(mlp.gate_proj, mlp.up_proj, fuse=fuse), down=Reads(mlp.down_proj)))
 
     @torch.no_grad()
     def prefill(self, prompts, steps):
         """Start a batch: `prompts` lists of token ids, room for `steps` more tokens -> next logits (B, vocab).
-
-        Raises InputError for an empty prompt, one that fills the context, or a batch that would not fit in memory.
-        """
+        Raises InputError for an empty prompt, one that fills the context, or a batch that would not fit in memory."""
         check_prompts(prompts, self.cfg)
-        lengths = [len(ids) for ids in prompts]
-        B, T = len(prompts), max(lengths)
-        S = T + steps
-        self.cache = self.graphs = None                                                 # the last batch's, freed first
+        B, T, self.cache, self.graphs = len(prompts), max(map(len, prompts)), None, {}  # the last batch's, freed first
+        S = self.width = T + steps
         need = sum(estimate(self.cfg, B, T, S, self.dtype.itemsize, self.o1, self.o2, self.o3))
-        free = free_bytes(self.device)
-        if free is not None and need > free:
+        if (free := free_bytes(self.device)) is not None and need > free:
             raise InputError(f"{B} x {S} tokens need about {need / 1e9:.2f} GB beside the weights, {free / 1e9:.2f} GB are free "
                              f"on {self.device}; generate fewer tokens or fewer prompts at a time, or use --dtype bfloat16")
-        ids = torch.zeros(B, T, dtype=torch.long)
-        for row, prompt in zip(ids, prompts):
-            row[T - len(prompt):] = torch.tensor(prompt)
-        ids = ids.to(self.device)
-        self.start = torch.tensor([T - n for n in lengths], device=self.device) if min(lengths) < T else None
+        ids = torch.stack([F.pad(torch.tensor(row), (T - len(row), 0)) for row in prompts]).to(self.device)
+        start = torch.tensor([T - len(row) for row in prompts], device=self.device)
+        self.start = start if any(len(row) < T for row in prompts) else None            # (B,)
         self.angles = [table.to(self.dtype) for table in rope(self.cfg, S, self.device)]                # (S, D)
-        self.cache, self.width = Cache(self.cfg, B, S, self.o2, self.o3, self.embedding), S
+        self.cache = Cache(self.cfg, B, S, self.o2, self.o3, self.embedding)
         self.token = torch.zeros(B, dtype=torch.long, device=self.device)
         self.sampler = lambda logits: self.token
         self.column, self.filled = torch.tensor([T], device=self.device), T             # the next column, there and here
-        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if self.graph else None
-        chunk = max(1, CHUNK // B)
-        for a in range(0, T, chunk):
-            b = min(a + chunk, T)
-            x = self.forward(ids[:, a:b], torch.arange(a, b, device=self.device), b, exact=False)
-        self.logits = self.to_logits(x)
+        self.pool = torch.cuda.graph_pool_handle() if self.graph else None
+        for columns in torch.arange(T, device=self.device).split(max(1, CHUNK // B)):
+            self.logits = self.forward(ids[:, columns], columns, int(columns[-1]) + 1)
         return self.logits
 
     def step(self, token):
@@ -274,22 +236,15 @@ class Decoder:
         span = min(-(-span // SPAN) * SPAN, self.width)
         if span in self.graphs:
             return self.graphs[span].replay()
-        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(here)
-        with torch.cuda.stream(side):                   # this step is run, and warms up what capturing needs
-            self.body(span)
-        here.wait_stream(side)
+        self.body(span)                                 # this step is run, and warms up what capturing needs
         self.graphs[span] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graphs[span], pool=self.pool):
             self.body(span)                             # recorded for the next ones
 
     def body(self, span):
-        self.logits.copy_(self.to_logits(self.forward(self.token[:, None], self.column, span, exact=not self.graph)))
+        self.logits.copy_(self.forward(self.token[:, None], self.column, span))
         self.token.copy_(self.sampler(self.logits))
         self.column += 1
-
-    def to_logits(self, x):
-        return self.head(self.rms_norm(x[:, -1:], self.norm))[:, 0]                     # (B, vocab)
 
     def rms_norm(self, x, weight):
         return F.rms_norm(x, weight.shape, weight, self.cfg.norm_eps)                   # one kernel on CUDA, not seven
@@ -309,19 +264,18 @@ class Decoder:
         mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, -math.inf)
         return mask.view(-1, 1, len(columns), span).repeat(1, 1, self.cfg.n_heads // self.cfg.n_kv_heads, 1)
 
-    def forward(self, ids, columns, span, exact):
-        """Token ids (B, T) in `columns` (T,) -> the last block's output (B, T, dim); attends to the first `span` columns.
-        `exact`: the one query is in the last of them, so that nothing but padding needs masking."""
+    def forward(self, ids, columns, span):
+        """Token ids (B, T) in `columns` (T,), which see no more than the first `span` -> logits (B, vocab) after the last."""
         x, rotation = F.embedding(ids, self.embedding), self.rotation(columns)
-        mask = None if exact and self.start is None else self.mask(columns, span)
+        alone = ids.shape[1] == 1 and not self.graph            # one query, in the last column: only padding is to be masked
+        mask = None if alone and self.start is None else self.mask(columns, span)
         every = None if self.o1 else self.rotation(torch.arange(span, device=self.device))
         for l, part in enumerate(self.parts):
             h = self.rms_norm(x, part.norms[0])
             x = x + part.out(self.attention(l, part, h, rotation, every, columns, span, mask))[0]
-            h = self.rms_norm(x, part.norms[1])
-            gate, up = part.mlp(h)                                                      # (B, T, hidden)
+            gate, up = part.mlp(self.rms_norm(x, part.norms[1]))                        # (B, T, hidden)
             x = x + part.down(F.silu(gate) * up)[0]
-        return x
+        return self.head(self.rms_norm(x[:, -1:], self.norm))[0][:, 0]
 
     def attention(self, l, part, h, rotation, every, columns, span, mask):
         """Attention of block l over the cache: h (B, T, dim) -> (B, T, H·D). A kv head's queries stand in one group beside it,
@@ -344,7 +298,7 @@ class Decoder:
             mixed = weights.view(B, 1, H, span) @ v                                     # Σ a_t v_t, (B, 1, H, r)
             mixed = mixed.view(B, G, H // G, -1).transpose(0, 1).reshape(G, B * H // G, -1)
             y = torch.bmm(mixed, part.U)                                                # Eq. 28: (Σ a_t v_t) U_kᵀ, once a head
-            y = y if part.bias is None else y + part.bias.view(G, 1, D)                 # the weights a_t sum to 1
+            y = y if part.qkv.bias[2] is None else y + part.qkv.bias[2].view(G, 1, D)   # the weights a_t sum to 1
             return y.view(G, B, -1).transpose(0, 1).reshape(B, 1, -1)
         if part.U is not None:      # many queries: expanding the values once costs less than sums r wide for every query
             v = split(part.qkv.second(2, v[:, 0]))
@@ -352,14 +306,12 @@ class Decoder:
         return y.reshape(B, -1, T, D).transpose(1, 2).reshape(B, T, -1)
 
 
-# ---------------------------------------------------------------------------------------------- text
 def generate(decoder, prompts, max_new_tokens, eos=frozenset(), stop=lambda row, token: False, **sampling):
     """Yield, step by step, the B next tokens: ids, None for a row that has ended. `prompts`: B lists of token ids.
 
     A row ends after `max_new_tokens`, at the end of the model's context, before any id in `eos`, or when stop(row, token),
     called once for every token, is true. `sampling`: temperature, top_k, top_p, penalty, seed of `Sampler`.
-    Raises InputError as `Decoder.prefill` does, RuntimeError for logits that are not finite.
-    """
+    Raises InputError as `Decoder.prefill` does, RuntimeError for logits that are not finite."""
     left = [min(max_new_tokens, decoder.cfg.context - len(ids)) for ids in prompts]
     logits = decoder.prefill(prompts, max(left))
     decoder.sampler = Sampler(prompts, decoder.cfg.vocab, max(left), decoder.device, **sampling)
@@ -379,39 +331,36 @@ def generate(decoder, prompts, max_new_tokens, eos=frozenset(), stop=lambda row,
 
 
 class Text:
-    """One prompt and its continuation as text. `push` is the `stop` of generate: it prints what is new when `live`, and is true
-    once one of `stops` has appeared in the continuation, which then ends before it."""
+    """One prompt and its continuation. `push` is the `stop` of generate: it takes a token, prints what is new when `live`, and
+    is true once one of `stops` has appeared in the continuation, which then ends before it."""
 
-    def __init__(self, prompt, ids, tokenizer, stops=(), live=False):
+    def __init__(self, prompt, ids, tokenizer, stops, live):
         self.ids, self.decode, self.stops, self.live = ids[len(tokenizer.bos):], tokenizer.decode, stops, live
         self.prompt, self.before, self.text, self.shown = prompt, len(tokenizer.decode(self.ids)), prompt, 0
 
     def push(self, token):
         self.ids.append(token)
         more = self.decode(self.ids)[self.before:]
-        ends = min((at for stop in self.stops if (at := more.find(stop)) >= 0), default=None)
-        # Not shown yet: a character whose bytes have not all been drawn, and what may be the beginning of a stop string.
+        end = min((at for stop in self.stops if (at := more.find(stop)) >= 0), default=None)
+        self.text = self.prompt + more[:end]
+        # Held back: a character whose bytes have not all been drawn, and what may be the beginning of a stop string.
         begun = max((n for stop in self.stops for n in range(1, len(stop)) if more.endswith(stop[:n])), default=0)
-        self.text = self.prompt + more[:ends]
-        self.show(0 if ends is not None else begun if not more.endswith("\ufffd") else len(more))
-        return ends is not None
-
-    def show(self, hold=0):
-        upto = max(self.shown, len(self.text) - hold)
+        hold = 0 if end is not None else len(more) if more.endswith("\ufffd") else begun
         if self.live:
-            print(self.text[self.shown:upto], end="", flush=True)
-        self.shown = upto
+            print(self.text[self.shown:len(self.text) - hold], end="", flush=True)
+            self.shown = max(self.shown, len(self.text) - hold)
+        return end is not None
 
 
-def read_prompts(prompt, path):
-    """The prompts: `prompt`, or one a line of the file `path`, blank lines left out. Raises InputError where there is none."""
+def read_prompts(path):
+    """The lines of the file `path` that are not blank. Raises InputError where there is none."""
     try:
-        lines = [prompt] if path is None else Path(path).read_text("utf-8").splitlines()
+        prompts = [line for line in Path(path).read_text("utf-8").splitlines() if line]
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"--prompt-file {path} cannot be read as UTF-8 text ({e})") from None
-    if prompts := [line for line in lines if line]:
-        return prompts
-    raise InputError("the prompt is empty; expected some text" if path is None else f"{path} has no prompt; expected one a line")
+    if not prompts:
+        raise InputError(f"{path} has no prompt; expected one a line")
+    return prompts
 
 
 def main():
@@ -438,7 +387,10 @@ def main():
             ("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "1 or more")):
         if not good:
             raise InputError(f"{option} is {value}; expected {expected}")
-    prompts, ckpt = read_prompts(args.prompt, args.prompt_file), Checkpoint(args.ckpt)
+    if not args.prompt:
+        raise InputError("the prompt is empty; expected some text")
+    prompts = [args.prompt] if args.prompt_file is None else read_prompts(args.prompt_file)
+    ckpt = Checkpoint(args.ckpt)
     tokenizer = Tokenizer(ckpt)
     device, dtype, why = pick_device(args.device, args.dtype)
     print(f"{args.ckpt} on {device}, {str(dtype)[6:]} ({why})", file=sys.stderr)

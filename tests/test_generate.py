@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate as G
@@ -79,6 +80,8 @@ def test_cached_logits_equal_the_uncached_models(case, prompts, monkeypatch):
         for b, t, logits in follow(decoder, ids, PROMPTS[prompts]):
             assert (logits - expected[b][t]).abs().max() < 1e-4, (o1, o2, o3, fuse, chunk, b, t)
     assert torch.equal(model(ids[0][None])[0], expected[0])                             # taken over, and still the same model
+    own = {w.untyped_storage().data_ptr() for w in model.parameters()}                  # and held once
+    assert all(part.U is None or part.U.untyped_storage().data_ptr() in own for part in decoder.parts)
 
 
 def test_a_captured_step_is_the_same_step(case):
@@ -191,13 +194,20 @@ def test_prefill_memory_is_linear_and_decoding_expands_no_cache():
     assert max(others) <= 8 * 4 * 1025                                                  # the scores; expanded keys: 8 times that
 
 
-def test_one_row_product_equals_linear():
+def test_a_stored_matrix_multiplies_as_linear_does():
     for m, n in ((10, 7), (11, 7), (64, 33), (66, 33), (32, 5), (1, 1)):
         x, w = torch.randn(1, 1, n), torch.randn(m, n)
-        matrix = G.Matrix(w)
-        assert torch.equal(matrix.w, w) and matrix(x).shape == (1, 1, m)
-        assert torch.allclose(matrix(x).double(), x.double() @ w.double().T, atol=1e-5)
-        assert torch.allclose(matrix(x.expand(3, 2, n)), matrix(x).expand(3, 2, m), atol=1e-5)
+        before, matrix = w.clone(), G.Matrix(w)
+        y, = matrix(x)
+        assert torch.equal(w, before) and y.shape == (1, 1, m)
+        assert w.untyped_storage().data_ptr() == matrix.w.untyped_storage().data_ptr()     # not held twice
+        assert torch.allclose(y.double(), x.double() @ w.double().T, atol=1e-5)
+        for rows in (6, G.FEW + 2):
+            x = torch.randn(2, rows // 2, n)
+            assert torch.allclose(matrix(x)[0], F.linear(x, before), atol=1e-5)
+    x, parts = torch.randn(1, 1, 33), [torch.randn(m, 33) for m in (11, 64, 2)]
+    for y, w in zip(G.Matrix(*parts)(x), parts, strict=True):
+        assert torch.allclose(y, F.linear(x, w), atol=1e-5)
 
 
 def test_alignment_changes_no_logit(case):
