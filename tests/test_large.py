@@ -185,6 +185,20 @@ def test_processes_give_one_processs_result(job, tmp_path, world):
     assert many["ranks"] == one["ranks"] and many["loss"].keys() == one["loss"].keys()
 
 
+def test_several_processes_go_on_where_one_was_killed(job, tmp_path, monkeypatch):
+    """What one process had finished is taken over; its gradient, of all windows, is not: each sweeps its own windows again."""
+    extra = ["--out", tmp_path / "out", "--stats", tmp_path / "s", "--quiet"]
+    stopped(monkeypatch, job, extra, 6)
+    assert list((tmp_path / "s").glob("gradient*"))
+    code, _, err = finish(*job, *extra[:-1], command=(
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "air.py")))
+    assert code == 0 and "going on: 1 of 5 blocks" in err, err
+    assert finish(*job, "--out", tmp_path / "one")[0] == 0 and not list((tmp_path / "s").glob("gradient*"))
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "out"))
+    for layer in Checkpoint(tmp_path / "one").cfg.ranks:
+        assert distance(b[layer + ".U.weight"] @ b[layer + ".V.weight"], a[layer + ".U.weight"] @ a[layer + ".V.weight"]) < 1e-4
+
+
 def test_one_process_dying_ends_all(job, tmp_path):
     """Process 1 of 2 meets a broken disk: the run ends with its reason, and no target appears."""
     wrapper = tmp_path / "air_broken.py"
