@@ -181,9 +181,9 @@ def cell(value, form):
 
 
 def caption(rows):
-    row = rows[0]
+    row, rounds = rows[0], 1 + max(row["round"] for row in rows)
     return (f"{row['shape']}, {row['device_name']}, {row['dtype']}, prompt {row['prompt']}, "
-            f"{1 + max(r['round'] for r in rows)} rounds, torch {row['torch']}, {row['date']}")
+            f"{rounds} round{'s' * (rounds > 1)}, torch {row['torch']}, {row['date']}")
 
 
 def markdown(rows):
@@ -248,7 +248,8 @@ def bandwidth(dense, compressed, common, rounds, tokens=2):
           f"{sides['dense'][1] / sides['compressed'][1]:.2f}")
     return [common | machine("cpu") | {"what": name, "batch": 1, "tokens": tokens, "bytes": sides[name][1], "bytes_per_s": values,
                                        "of_copy": of_copy[name]} for name, values in log.items()] + [
-        common | {"what": "compressed / dense, tokens a second", "rounds": faster, "median": statistics.median(faster)}]
+        common | machine("cpu") | {"what": "compressed / dense, tokens a second", "batch": 1, "rounds": faster,
+                                   "median": statistics.median(faster)}]
 
 
 def main():
