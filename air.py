@@ -19,13 +19,14 @@ import numpy
 import torch
 
 import fast
-from calibrate import add_calibration_arguments, calibration_windows, choose, digest, embed, evaluation_windows, forward_sweep
+from calibrate import (add_calibration_arguments, calibration_windows, choose, digest, embed, evaluation_windows,
+                       forward_sweep, token_array)
 from eval_ppl import evaluate
 from influence import SIGNALS, backward_sweep, check_signal, start_gradient
 from large import Spill, add_up, divide, end_processes, from_first, gather, plan, processes, start_processes
 from model import LAYERS, READS, Checkpoint, Folder, InputError, Writer, check_target, parser, pick_device, run, write_json
 
-FAST_FROM = 1024        # from this width on, fast.py computes the same with less work; math.inf keeps to the lines below
+FAST_FROM = 1024        # where both sides are as wide, fast.py computes the same with less work; math.inf keeps to these lines
 
 # ---------------------------------------------------------------------------------------------- the method
 def rank_at(rate, m, n):
@@ -40,7 +41,9 @@ def profile(gram):
     mean: 0 for a numerically positive definite matrix, which more tokens than inputs usually give.
     """
     gram = gram.double()
-    mean = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    mean = gram.diagonal().mean()
+    if mean == 0:                                                       # an input that is always zero: every S will do
+        return torch.eye(len(gram), dtype=gram.dtype, device=gram.device), 1.0
     # Not in the paper: the repair. Released code differs: it adds max(1.1·|λmin|, 1e-6·λmax, 1e-4), absolute in the last term.
     info = torch.empty((), dtype=torch.int32, device=gram.device)
     for shift in (0.0, *(10.0 ** e for e in range(-9, 1))):
@@ -204,6 +207,8 @@ def statistics(ckpt, windows, device, dtype, blocks, signal=None, folder=None, s
                 stored.save(state(l - 1, signal), {"g": g})
             stored.forget(old)
         if l in todo:
+            if file(l, "gram") in have:             # another method's: the same to rounding, and what every later run will read
+                stats |= stored.load(file(l, "gram"), device)
             yield l, stats
         del stats                                   # before the next block's are collected
         if signal and l == min(todo):
@@ -323,9 +328,9 @@ def pick_layers(rate, ckpt, blocks):
     if not 0 < rate <= 1:
         raise InputError(f"--rate is {rate}; expected the fraction of parameters to keep, above 0 and at most 1")
     shapes = {f"model.layers.{l}.{name}": ckpt.tensors[f"model.layers.{l}.{name}.weight"][0] for l in blocks for name in LAYERS}
-    for layer, (m, n) in shapes.items():
-        if rank_at(rate, m, n) < 1:
-            raise InputError(f"--rate {rate} leaves {layer} ({m} x {n}) rank 0; expected above {(m + n) / (m * n):.4f}")
+    layer, (m, n) = max(shapes.items(), key=lambda each: sum(each[1]) / math.prod(each[1]))      # the first to lose all ranks
+    if rank_at(rate, m, n) < 1:
+        raise InputError(f"--rate {rate} leaves {layer} ({m} x {n}) rank 0; expected {(m + n) / (m * n) + 5e-5:.4f} or more")
     return {layer: (m, n, rank_at(rate, m, n)) for layer, (m, n) in shapes.items()}
 
 
@@ -392,28 +397,31 @@ def main():
     signal = args.signal if args.method == "air" and args.signal in SIGNALS else "fisher" if args.method == "fwsvd" else None
     check_signal(signal, dtype)
     calib, samples, seqlen = choose(ckpt, args.calib, args.samples, args.seqlen)
-    windows = calibration_windows(calib, ckpt, samples, seqlen, args.seed)
+    windows = (torch.empty(0, seqlen, dtype=torch.long) if args.method == "svd" else           # which reads no text
+               calibration_windows(calib, ckpt, samples, seqlen, args.seed))
     text, loaded = args.text or calib, None
     if text != "none":
-        loaded = evaluation_windows(text, ckpt, choose(ckpt, text, None, args.seqlen if text.endswith(".npy") else seqlen)[2])
+        whole = text.endswith(".npy") and token_array(text, ckpt).dim() == 2                   # brings its own windows
+        loaded = evaluation_windows(text, ckpt, choose(ckpt, text, None, args.seqlen if whole else seqlen)[2])
     out = args.out or f"out/{ckpt.name}-{args.method}-{args.rate:g}"
-    if args.stats and Path(out).resolve() in (Path(args.stats).resolve(), *Path(args.stats).resolve().parents):
-        raise InputError(f"--stats {args.stats} lies inside --out {out}, which is replaced as a whole; give another --stats")
+    for option, path in (("--stats", args.stats), ("--json", args.json)):
+        if path and Path(out).resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+            raise InputError(f"{option} {path} lies inside --out {out}, which is replaced as a whole; give another {option}")
     dense, whole = count(ckpt), sum(m * n for m, n, _ in cut.values())
     need = (dense - whole + sum(k * (m + n) for m, n, k in cut.values())) * ckpt.dtype.itemsize + 2**22
 
     how = {key: getattr(args, key) for key in ("method", "signal", "scale", "delta", "sweeps", "order", "axis")}
     device = start_processes(device)
     rank, world = processes()
-    if len(windows) < world:
+    if 0 < len(windows) < world:
         raise InputError(f"{len(windows)} windows cannot be divided among {world} processes; expected one for each at least")
-    planned = plan(ckpt, cut, windows.shape, dtype, device, signal, need, args.stats, args.spill)
+    planned = plan(ckpt, cut, windows.shape, dtype, device, signal, need, out, args.stats, args.spill)
     facts = {"checkpoint": ckpt.fingerprint(), "windows": digest(windows), "dtype": str(dtype), "rate": args.rate,
-             "layers": args.layers, **how}
+             "layers": f"{blocks.start}:{blocks.stop}", **how}
     with Writer(out, need, args.overwrite, facts, keep=bool(args.stats)) if rank == 0 else nullcontext() as writer:
         say(f"torch {torch.__version__}, numpy {numpy.__version__}, {device} ({torch.get_num_threads()} threads), "
             f"{str(dtype)[6:]} ({why}), seed {args.seed}" + (f", {world} processes" if world > 1 else ""))
-        say(f"{args.method} at rate {args.rate:g}: {len(blocks)} of {ckpt.cfg.n_layers} blocks of {ckpt.name}; {samples} x "
+        say(f"{args.method} at rate {args.rate:g}: {len(blocks)} of {ckpt.cfg.n_layers} blocks of {ckpt.name}; {len(windows)} x "
             f"{seqlen} = {windows.numel():,} tokens of {calib} for inputs up to {max(n for _, n, _ in cut.values()):,} wide")
         say(planned)
         left = from_first([l for l in blocks if not (writer and PART(l) in writer.done)])
@@ -430,7 +438,7 @@ def main():
         start = time.time()
         writer.finish(ckpt.raw | {"air": how | {
             "rate": args.rate, "ranks": report["ranks"], "seed": args.seed, "dtype": str(dtype)[6:],
-            "calibration": {"text": calib, "samples": samples, "seqlen": seqlen, "sha256": digest(windows)},
+            "calibration": {"text": calib, "samples": len(windows), "seqlen": seqlen, "sha256": digest(windows)},
             "versions": {"torch": torch.__version__, "numpy": numpy.__version__}}}, ckpt.extras())
         seconds["write"] = time.time() - start
 

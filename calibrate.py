@@ -182,9 +182,9 @@ def token_array(text, ckpt):
         ids = np.load(text, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         raise InputError(f"{text} cannot be read as a .npy array ({e})") from None
-    if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
-        raise InputError(f"{text} holds a {ids.ndim}-D array of {ids.dtype}; expected 1-D or 2-D token ids (integers)")
-    if ids.size and not 0 <= ids.min() <= ids.max() < ckpt.cfg.vocab:
+    if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or not ids.size:
+        raise InputError(f"{text} holds {ids.dtype} of shape {ids.shape}; expected 1-D or 2-D token ids (integers)")
+    if not 0 <= ids.min() <= ids.max() < ckpt.cfg.vocab:
         raise InputError(f"{text} holds token ids {ids.min()} to {ids.max()}; the vocabulary is 0 to {ckpt.cfg.vocab - 1}")
     return torch.from_numpy(ids.astype(np.int64))
 

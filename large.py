@@ -1,8 +1,8 @@
 """What a model larger than memory, or several processes, add to air.py: block inputs on disk, a plan, a division of the work."""
 import math
 import os
+import shutil
 import timeit
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -28,8 +28,8 @@ class Spill:
         return self.folder.load(self.file(l))["h"]
 
     def remove(self):
-        for file in (*self.folder.files, "manifest.json"):
-            (self.folder.path / file).unlink(missing_ok=True)
+        self.folder.manifest.unlink()               # first: what a kill leaves behind is then no spill
+        shutil.rmtree(self.folder.path)
 
 
 # ---------------------------------------------------------------------------------------------- several processes
@@ -119,12 +119,12 @@ def costs(cfg, cut, windows, itemsize, signal):
                                     for m, n, k in cut.values()), 0),
         "ALS": (0, 34 * passed, 15 * passed)}
     return stages, {
-        "inputs": tokens * cfg.dim * itemsize * (L + 1 if signal else 1), "statistics": L * (influence + 8 * squares),
+        "inputs": tokens * cfg.dim * itemsize * (L + 1 if signal else 1), "statistics": len(cut) // 7 * (influence + 8 * squares),
         "block": influence + 8 * squares + max(weights * itemsize * (2 if signal else 1) + largest, 3 * largest)}
 
 
-def plan(ckpt, cut, windows, dtype, device, signal, result, stats, spill):
-    """Memory, disk and time of a run, as one line; `result`: bytes to be written. Raises InputError for what does not fit."""
+def plan(ckpt, cut, windows, dtype, device, signal, need, out, stats, spill):
+    """Memory, disk and time of a run, as one line; `need`: bytes of the result. Raises InputError for what does not fit."""
     stages, held = costs(ckpt.cfg, cut, windows, dtype.itemsize, signal)
     rates, world = machine_rates(device, dtype), processes()[1]
     minutes = sum(work / rate for stage in stages.values() for work, rate in zip(stage, rates)) / world / 60
@@ -135,12 +135,10 @@ def plan(ckpt, cut, windows, dtype, device, signal, result, stats, spill):
         if (free := free_bytes(where)) is not None and need > free:
             raise InputError(f"the run needs {need / 1e9:.1f} GB of {where.type} memory, {inputs / 1e9:.1f} GB of the host's "
                              f"for block inputs, and {free / 1e9:.1f} GB are free; {way}")
-    disk = {"result": result}
-    for where, what in ((spill, "inputs"), (stats, "statistics")):
-        if where:
-            disk[what] = held[what]
-            check_space(where, 0 if (Path(where) / "manifest.json").exists() else held[what])
+    disk = {"result": (f"{out}.partial", need)} | {what: (where, held[what]) for what, where in (
+        ("inputs", spill), ("statistics", stats)) if where}
+    check_space(*disk.values())
     return (f"plan: about {minutes:.1f} min to the factors, {host / 1e9:.2f} GB of memory"
             + (f", {held['block'] / 1e9:.2f} GB on the GPU" if device.type == "cuda" else "")
-            + "".join(f", {what} {size / 1e9:.2f} GB" for what, size in disk.items())
+            + "".join(f", {what} {size / 1e9:.2f} GB" for what, (_, size) in disk.items())
             + f" (measured: {rates[0] / 1e9:,.0f} GFLOP/s, {rates[2] / 1e9:.0f} GB/s)")

@@ -38,13 +38,13 @@ def parse_config(raw):
 
     Raises InputError for a missing key or anything this model does not compute.
     """
-    def need(*keys):
+    def need(*keys, kind=int):
         value = next((raw[key] for key in keys if raw.get(key) is not None), None)
-        if not isinstance(value, (int, float)) or value <= 0:
-            raise InputError(f"config.json has no '{keys[0]}' above 0; expected the config.json that came with the weights")
+        if not isinstance(value, kind) or value <= 0:
+            raise InputError(f"config.json has no '{keys[0]}' above 0 (found {value!r}); use the one that came with the weights")
         return value
 
-    arch = (raw.get("architectures") or ["nothing"])[0]
+    real, arch = (int, float), (raw.get("architectures") or ["nothing"])[0]
     if arch not in ARCHITECTURES:
         raise InputError(f"config.json names the architecture {arch}; supported are {', '.join(ARCHITECTURES)}")
     if raw.get("hidden_act", "silu") != "silu":
@@ -59,23 +59,25 @@ def parse_config(raw):
               "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
     if kind not in wanted:
         raise InputError(f"config.json has rope_scaling '{kind}'; supported are {', '.join(wanted)}")
-    if missing := [key for key in wanted[kind] if key not in scaling]:
-        raise InputError(f"rope_scaling '{kind}' in config.json lacks {', '.join(missing)}")
+    if missing := [key for key in wanted[kind] if not isinstance(scaling.get(key), real) or scaling[key] <= 0]:
+        raise InputError(f"rope_scaling '{kind}' in config.json lacks {', '.join(missing)} above 0")
 
     # LLaMA 1 and 2 were published before rope_theta and num_key_value_heads existed: the format defines their absence.
-    theta = scaling.get("rope_theta") or raw.get("rope_theta") or (10000.0 if "LLAMA" in arch.upper() else need("rope_theta"))
+    theta = scaling.get("rope_theta") or raw.get("rope_theta") or (
+        10000.0 if "LLAMA" in arch.upper() else need("rope_theta", kind=real))
     heads, dim = need("num_attention_heads"), need("hidden_size")
-    context, kv_heads = need("max_position_embeddings", "max_sequence_length"), raw.get("num_key_value_heads") or heads
+    context, kv_heads = need("max_position_embeddings", "max_sequence_length"), need("num_key_value_heads", "num_attention_heads")
     if heads % kv_heads:
         raise InputError(f"config.json has {heads} heads on {kv_heads} key/value heads; expected a multiple")
     # Not in the paper: a sliding window. Up to its width it equals full attention, so it bounds the context instead.
     if raw.get("sliding_window") and raw.get("use_sliding_window", arch.startswith("Mistral")):
-        context = min(context, raw["sliding_window"])
+        context = min(context, need("sliding_window"))
     bias = "qkv" if arch.startswith("Qwen2") else "qkvo" if raw.get("attention_bias") else ""
     return SimpleNamespace(
         vocab=need("vocab_size"), dim=dim, hidden=need("intermediate_size"), n_layers=need("num_hidden_layers"), n_heads=heads,
-        n_kv_heads=kv_heads, head_dim=raw.get("head_dim") or dim // heads, context=context, norm_eps=need("rms_norm_eps"),
-        rope_theta=float(theta), rope_scaling=dict(scaling, rope_type=kind), tied=raw.get("tie_word_embeddings", False),
+        n_kv_heads=kv_heads, head_dim=need("head_dim") if raw.get("head_dim") else dim // heads, context=context,
+        norm_eps=need("rms_norm_eps", kind=real), rope_theta=float(theta), rope_scaling=dict(scaling, rope_type=kind),
+        tied=raw.get("tie_word_embeddings", False),
         bias=(*bias, *(["mlp"] if raw.get("mlp_bias") else [])), ranks=(raw.get("air") or {}).get("ranks", {}))
 
 
@@ -239,6 +241,8 @@ class Checkpoint:
         path = Path(path)
         if not path.exists():
             raise InputError(f"{path} does not exist; expected a .safetensors file or a folder with one")
+        if path.is_file() and path.suffix not in (".safetensors", ".bin"):
+            raise InputError(f"{path} is not a .safetensors or .bin file; give one of these, or the folder they are in")
         self.folder = path if path.is_dir() else path.parent
         self.name = self.folder.resolve().name if path.is_dir() or path.stem == "model" else path.stem
         if not (self.folder / "config.json").is_file():
@@ -274,7 +278,7 @@ class Checkpoint:
                             ("has, beyond the model of config.json,", self.tensors.keys() - expected.keys() - spare)):
             if names:
                 raise InputError(f"{self.files[0]} {kind} {len(names)} tensor{'s' * (len(names) > 1)}, such as {min(names)}; "
-                                 "expected exactly those config.json implies: check that both belong together")
+                                 "expected exactly those config.json implies: take both from one model, shards as their folder")
         for name, shape in expected.items():
             if self.tensors[name][0] != shape:
                 raise InputError(f"{name} has shape {self.tensors[name][0]}, config.json implies {shape}; use matching files")
@@ -348,7 +352,9 @@ class Folder:
             raise InputError(f"cannot make the folder {path} ({e.strerror}); name another") from None
         if self.manifest.exists():
             found = read_json(self.manifest)
-            differ = [f"{key} ({there[:12]} there, {now[:12]} now)" for key, value in self.facts.items()
+            if not found.keys() >= {"facts", "files"}:
+                raise InputError(f"{self.manifest} was not written by this program; name another folder")
+            differ = [f"{key} ({there[:16]} there, {now[:16]} now)" for key, value in self.facts.items()
                       if (there := str(found["facts"].get(key))) != (now := str(value))]
             if differ:
                 raise InputError(f"{path} was made with another {', '.join(differ)}; give the same arguments as then, "
@@ -409,20 +415,22 @@ class Writer:
     """
 
     def __init__(self, out, need, overwrite=False, facts=None, keep=False):
-        self.out, self.keep = Path(out), keep
-        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.out, self.keep = Path(out).resolve(), keep
         if self.out.exists() and not overwrite:
             raise InputError(f"{out} already exists; name another --out, or add --overwrite to replace it")
         config = self.out / "config.json"
         if self.out.exists() and not (config.is_file() and "air" in read_json(config)):
             raise InputError(f"{out} is not a compressed checkpoint, so --overwrite leaves it alone; name another --out")
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        manifest = self.partial / "manifest.json"
+        if not keep and manifest.exists() and read_json(manifest).get("facts", {}).get("kept"):
+            raise InputError(f"{self.partial} holds finished blocks of a run with --stats; add --stats to go on, or delete it")
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            if not (keep and (self.partial / "manifest.json").exists()):
+            if not (keep and manifest.exists()):
                 shutil.rmtree(self.partial, ignore_errors=True)     # left by a run that was killed
-            there = sum(file.stat().st_size for file in self.partial.glob("*"))
-            check_space(self.out.parent, need + min(need, SHARD_BYTES) - there)     # a small checkpoint is copied into one file
-            self.folder = Folder(self.partial, facts or {})
+            check_space((self.partial, need + (need if need <= SHARD_BYTES else 0)))    # a small one is copied into one file
+            self.folder = Folder(self.partial, (facts or {}) | {"kept": keep})
         except OSError as e:
             raise InputError(f"cannot write to {self.out.parent} ({e.strerror}); name another --out") from None
         for name in self.folder.files:
@@ -511,12 +519,17 @@ def free_bytes(device):
         return None
 
 
-def check_space(folder, need):
-    """Raise InputError when the disk under `folder`, or under the nearest folder above it that exists, has too little space."""
-    folder = next(path for path in (Path(folder).resolve(), *Path(folder).resolve().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise InputError(f"{folder} has {free / 1e9:.2f} GB free, {need / 1e9:.2f} GB are needed; make space or use another disk")
+def check_space(*needs):
+    """Raise InputError when a disk has too little space for its `needs`, (folder, bytes) each, beside what lies there already."""
+    disks = {}
+    for folder, need in needs:
+        there = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+        at = next(path for path in (Path(folder).resolve(), *Path(folder).resolve().parents) if path.exists())
+        disk = at.stat().st_dev
+        disks[disk] = disks.get(disk, 0) + max(0, need - there)
+        if (free := shutil.disk_usage(at).free) < disks[disk]:
+            raise InputError(f"{at} has {free / 1e9:.2f} GB free, {disks[disk] / 1e9:.2f} GB are needed; make space or use "
+                             "another disk")
 
 
 def write_json(path, values):

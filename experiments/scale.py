@@ -38,7 +38,7 @@ def write_checkpoint(folder, config):
     with torch.device("meta"):
         shapes = {name: w.shape for name, w in Llama(parse_config(config)).state_dict().items()}
     size = 2 * sum(shape.numel() for shape in shapes.values())
-    check_space(folder, size)
+    check_space((folder, size))
     generator, shards, where = torch.Generator().manual_seed(0), {}, {}
     for name in shapes:
         part = name.split(".")[2] if name.startswith("model.layers.") else "rest"

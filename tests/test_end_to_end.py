@@ -212,6 +212,9 @@ BAD_CHECKPOINTS = {
     "rope scaling": (lambda c: edit(c, rope_scaling={"rope_type": "yarn", "factor": 4}), "'yarn'"),
     "rope scaling text": (lambda c: edit(c, rope_scaling="yarn"), "expected an object"),
     "rope scaling keys": (lambda c: edit(c, rope_scaling={"rope_type": "llama3", "factor": 4}), "lacks low_freq_factor"),
+    "rope scaling of zero": (lambda c: edit(c, rope_scaling={"rope_type": "linear", "factor": 0}), "lacks factor above 0"),
+    "kv heads text": (lambda c: edit(c, num_key_value_heads="2"), "no 'num_key_value_heads' above 0 (found '2')"),
+    "half a layer": (lambda c: edit(c, num_hidden_layers=2.5), "no 'num_hidden_layers' above 0 (found 2.5)"),
     "missing shard": (lambda c: ((c / "model.safetensors").unlink(), (c / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {Q: "model-00001-of-00002.safetensors"}}))), "model-00001-of-00002.safetensors"),
 }
@@ -242,7 +245,9 @@ BAD_ARGUMENTS = {
     "unknown text": (["--text", "ptb"], "is unknown"), "no array": (["--calib", "nowhere.npy"], "cannot be read"),
     "layers clipped": (["--layers", "0:9"], "--layers"), "layers open": (["--layers", "1"], "--layers"),
     "fp16 lrp": (["--dtype", "float16"], "bfloat16 or float32"), "json": (["--json", "nowhere/r.json"], "cannot write"),
-    "tokenizer missing": (["--text", "stdlib"], "no tokenizer.model"),
+    "tokenizer missing": (["--text", "stdlib"], "no tokenizer.model"), "out is here": (["--out", "."], "already exists"),
+    "out is all": (["--out", "/", "--overwrite"], "not a compressed checkpoint"),
+    "the script for a checkpoint": (["--ckpt", ROOT / "air.py"], "not a .safetensors or .bin file"),
 }
 
 
@@ -270,6 +275,41 @@ def test_token_ids_beyond_the_vocabulary(job, tmp_path, monkeypatch):
     refuse(monkeypatch, tmp_path, [*arguments, "--calib", tmp_path / "big.npy"], "vocabulary is 0 to 63")
     np.save(tmp_path / "float.npy", np.ones((2, 24)))
     refuse(monkeypatch, tmp_path, [*arguments, "--calib", tmp_path / "float.npy"], "integers")
+    np.save(tmp_path / "none.npy", np.ones((0, 24), dtype=int))
+    refuse(monkeypatch, tmp_path, [*arguments, "--text", tmp_path / "none.npy"], "of shape (0, 24)")
+
+
+def test_the_least_rate_is_named(job, tmp_path, monkeypatch):
+    """A rate that leaves some layer rank 0 is refused with the least one that leaves none; that one then works."""
+    _, arguments, _ = job
+    monkeypatch.setattr(sys, "argv", ["air.py", *map(str, arguments), "--rate", "0.06"])
+    with pytest.raises(air.InputError) as error:
+        air.main()
+    least = str(error.value).split("expected ")[1].split(" or more")[0]
+    in_process(monkeypatch, *arguments, "--text", "none", "--rate", least)
+
+
+@pytest.mark.parametrize("method", ["air", "svdllm"])
+def test_a_layer_whose_input_is_always_zero(method, job, air_py):
+    """A pruned half-block: v_proj is zero, so o_proj sees nothing. Any S does; the run says so and finishes."""
+    ckpt, arguments, out = job
+    retensor(ckpt, lambda s: s["model.layers.1.self_attn.v_proj.weight"].zero_())
+    done = air_py(*arguments, "--method", method)
+    assert done.returncode == 0 and "layers.1.self_attn.o_proj: ΣXXᵀ is not positive definite" in done.stderr
+    assert all(torch.isfinite(w).all() for w in load_file(out / "model.safetensors").values())
+
+
+def test_plain_svd_reads_no_text(job, tmp_path, air_py):
+    _, arguments, _ = job
+    done = air_py(*arguments[:2], *arguments[6:], "--method", "svd", "--text", "none", "--calib", tmp_path / "nowhere.txt")
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_length_serves_calibration_and_a_stream_of_tokens(job, tmp_path, air_py):
+    _, arguments, _ = job
+    np.save(tmp_path / "stream.npy", np.arange(1000) % 64)
+    done = air_py(*arguments, "--text", tmp_path / "stream.npy", "--json", tmp_path / "r.json")
+    assert done.returncode == 0 and json.loads((tmp_path / "r.json").read_text())["seqlen"] == 24
 
 
 def test_tokenizer_of_another_vocabulary(job, tmp_path, monkeypatch):
@@ -325,6 +365,12 @@ def test_overwrite_spares_the_neighbours(job, tmp_path, air_py):
     assert (tmp_path / "out.old" / "mine").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.old", "tiny", "w.npy"]
     refused = air_py(*arguments, "--overwrite", "--stats", out / "stats")
     assert refused.returncode == 2 and "lies inside" in refused.stderr and (out / "config.json").exists()
+    refused = air_py(*arguments, "--overwrite", "--json", tmp_path / "new", "--out", tmp_path / "new")
+    assert refused.returncode == 2 and "lies inside" in refused.stderr
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "manifest.json").write_text("{}")
+    refused = air_py(*arguments, "--overwrite", "--stats", tmp_path / "theirs")
+    assert refused.returncode == 2 and "was not written by this program" in refused.stderr
 
 
 def test_statistics_of_a_changed_checkpoint_or_damaged_file(job, tmp_path, air_py):

@@ -1,6 +1,7 @@
 """large.py and what rests on it: block inputs on disk, several processes, interruptions."""
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 import air
 import large
 from conftest import ROOT, distance, write_checkpoint
-from model import Checkpoint, Folder, InputError
+from model import Checkpoint, Folder, InputError, check_space
 
 AIR = (sys.executable, str(ROOT / "air.py"))
 
@@ -129,11 +130,28 @@ def test_stopped_before_any_file_it_goes_on_without_doing_it_twice(job, tmp_path
         assert not list((tmp_path / f"s{i}").glob("gradient*"))
 
 
+def test_methods_share_a_folder_and_the_same_command_gives_the_same_file(job, tmp_path, monkeypatch):
+    """ΣXXᵀ of another method's sweep differs in its last bits; whoever finds it there uses it, the first time too."""
+    for name, options in (("a", ("--method", "svdllm")), ("b", ()), ("c", ())):
+        stopped(monkeypatch, job, ["--out", tmp_path / name, "--stats", tmp_path / "s", "--quiet", *options], 10**9)
+    b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "bc")
+    assert b == c
+
+
+def test_finished_blocks_are_not_thrown_away(job, tmp_path, monkeypatch):
+    """Without --stats nothing would be kept: the same output folder is refused rather than begun anew."""
+    extra = ["--out", tmp_path / "o", "--stats", tmp_path / "s"]
+    stopped(monkeypatch, job, extra, 8)
+    code, _, err = finish(*job, *extra[:2])
+    assert code == 2 and "add --stats to go on" in err and list((tmp_path / "o.partial").glob("model-block*"))
+    assert finish(*job, *extra)[0] == 0
+
+
 def test_other_arguments_are_refused_and_named(job, tmp_path, monkeypatch):
     extra = ["--out", tmp_path / "o", "--stats", tmp_path / "s", "--quiet"]
     stopped(monkeypatch, job, extra, 4)
     for options, named in ((("--rate", 0.4), "rate (0.5 there, 0.4 now)"), (("--delta", 3), "delta (2.0 there, 3.0 now)"),
-                           (("--layers", "0:2"), "layers (: there, 0:2 now)")):
+                           (("--layers", "0:2"), "layers (0:5 there, 0:2 now)")):
         code, _, err = finish(*job, *extra, *options)
         assert code == 2 and f"another {named}" in err and err.count("\n") == 1
     np.save(tmp_path / "w.npy", np.random.RandomState(2).randint(0, 64, size=(7, 24)))
@@ -149,7 +167,7 @@ def test_spilled_inputs_give_the_same_file_and_leave_nothing(job, tmp_path):
     for options in ((), ("--spill", tmp_path / "spill")):
         assert finish(*job, *options, "--out", tmp_path / f"out{len(options)}")[0] == 0
     assert (tmp_path / "out0" / "model.safetensors").read_bytes() == (tmp_path / "out2" / "model.safetensors").read_bytes()
-    assert not [path for path in (tmp_path / "spill").rglob("*") if path.is_file()]
+    assert not list((tmp_path / "spill").iterdir())
 
 
 def test_the_plan_is_printed_and_refused(job, tmp_path, monkeypatch):
@@ -160,6 +178,16 @@ def test_the_plan_is_printed_and_refused(job, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--spill DIR keeps block inputs on disk"):
         air.main()
     assert not list(tmp_path.glob("o2*"))
+
+
+def test_what_lies_on_one_disk_is_added_up_and_what_is_there_is_not_asked_for_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 1000))
+    check_space((tmp_path / "a", 600), (tmp_path / "b", 400))
+    with pytest.raises(InputError, match="0.00 GB free"):
+        check_space((tmp_path / "a", 600), (tmp_path / "b", 500))
+    (tmp_path / "b" / "0of1").mkdir(parents=True)
+    (tmp_path / "b" / "0of1" / "input_000.safetensors").write_bytes(b"x" * 100)
+    check_space((tmp_path / "a", 600), (tmp_path / "b", 500))
 
 
 # ---- several processes
