@@ -28,7 +28,7 @@ class Spill:
         return self.folder.load(self.file(l))["h"]
 
     def remove(self):
-        self.folder.manifest.unlink()               # first: what a kill leaves behind is then no spill
+        self.folder.manifest.unlink(missing_ok=True)    # first: what a kill leaves behind is then no spill
         shutil.rmtree(self.folder.path)
 
 

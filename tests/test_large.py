@@ -168,6 +168,9 @@ def test_spilled_inputs_give_the_same_file_and_leave_nothing(job, tmp_path):
         assert finish(*job, *options, "--out", tmp_path / f"out{len(options)}")[0] == 0
     assert (tmp_path / "out0" / "model.safetensors").read_bytes() == (tmp_path / "out2" / "model.safetensors").read_bytes()
     assert not list((tmp_path / "spill").iterdir())
+    for i in range(2):                                          # the second run finds all statistics and has nothing to spill
+        code, _, err = finish(*job, "--spill", tmp_path / "spill", "--stats", tmp_path / "s", "--out", tmp_path / f"again{i}")
+        assert code == 0 and not list((tmp_path / "spill").iterdir()), err
 
 
 def test_the_plan_is_printed_and_refused(job, tmp_path, monkeypatch):
