@@ -18,13 +18,15 @@ from pathlib import Path
 import numpy
 import torch
 
-import fast
-from calibrate import (add_calibration_arguments, calibration_windows, choose, digest, embed, evaluation_windows,
-                       forward_sweep, token_array)
-from eval_ppl import evaluate
+from calibrate import add_calibration_arguments, calibration_windows, embed, forward_sweep
+from eval_ppl import evaluate, evaluation_windows
 from influence import SIGNALS, backward_sweep, check_signal, start_gradient
-from large import Spill, add_up, divide, end_processes, from_first, gather, plan, processes, start_processes
-from model import LAYERS, READS, Checkpoint, Folder, InputError, Writer, check_target, parser, pick_device, run, write_json
+from model import LAYERS, READS
+from support import fast
+from support.checkpoint import Checkpoint, Folder, Writer
+from support.large import Spill, add_up, divide, end_processes, from_first, gather, plan, processes, start_processes
+from support.script import InputError, check_target, parser, pick_device, run, write_json
+from support.texts import choose, digest, token_array
 
 FAST_FROM = 1024        # where both sides are as wide, fast.py computes the same with less work; math.inf keeps to these lines
 

@@ -12,8 +12,11 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from calibrate import choose, embed, evaluation_windows, forward_sweep
-from model import Checkpoint, InputError, check_target, parser, pick_device, run, to_logits, write_json
+from calibrate import embed, forward_sweep
+from model import to_logits
+from support.checkpoint import Checkpoint
+from support.script import InputError, check_target, parser, pick_device, run, write_json
+from support.texts import TOO_SHORT, Tokenizer, choose, rows_of, token_array
 
 
 def js_divergence(logits_p, logits_q):
@@ -21,6 +24,25 @@ def js_divergence(logits_p, logits_q):
     p, q = logits_p.float().log_softmax(-1), logits_q.float().log_softmax(-1)
     mix = torch.logaddexp(p, q) - math.log(2)
     return (p.exp() * (p - mix) + q.exp() * (q - mix)).sum(-1).clamp_min(0) / (2 * math.log(2))
+
+
+def evaluation_windows(text, ckpt, seqlen=2048):
+    """Every disjoint window of a text: ((N, seqlen) token ids, tokens in the text, tokens per UTF-8 byte or None for .npy).
+
+    Rows joined by a blank line, tokenized once with one BOS, ⌊tokens/seqlen⌋ windows.
+    """
+    per_byte = None
+    if str(text).endswith(".npy"):
+        ids = token_array(text, ckpt)
+        if ids.dim() == 2:
+            return ids, ids.numel(), None
+    else:
+        joined, tokenizer = "\n\n".join(rows_of(text, "test")), Tokenizer(ckpt)
+        ids = torch.tensor(tokenizer.bos + tokenizer.encode(joined))
+        per_byte = len(ids) / max(1, len(joined.encode()))
+    if (n := len(ids) // seqlen) == 0:
+        raise InputError(TOO_SHORT(text, len(ids), seqlen))
+    return ids[:n * seqlen].view(n, seqlen), len(ids), per_byte
 
 
 @torch.no_grad()

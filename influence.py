@@ -11,8 +11,11 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from calibrate import add_calibration_arguments, add_inputs, calibration_windows, choose, embed, forward_sweep, recording
-from model import LAYERS, PLAIN, Checkpoint, InputError, attention, parser, pick_device, rope, run, to_logits, wide
+from calibrate import add_calibration_arguments, add_inputs, calibration_windows, embed, forward_sweep, recording
+from model import LAYERS, PLAIN, attention, rope, to_logits, wide
+from support.checkpoint import Checkpoint
+from support.script import InputError, parser, pick_device, run
+from support.texts import choose
 
 # ---------------------------------------------------------------------------------------------- rules
 class ScaleGradient(torch.autograd.Function):

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from calibrate import stdlib_rows                    # noqa: E402
-from model import PLAIN, Llama, attention, parse_config  # noqa: E402
+from support.texts import stdlib_rows                    # noqa: E402
+from model import PLAIN, Llama, attention  # noqa: E402
+from support.checkpoint import parse_config  # noqa: E402
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 2048,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.common import Lab, against, arguments, every, find, percent, show, table, verdict
-from model import run
+from support.script import run
 
 CALIBRATED = "the text each row names"
 RATE, PAPER = 0.6, {"svdllm": (13.81, 34.17), "air": (11.27, 19.47)}

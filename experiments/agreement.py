@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import distance, write_checkpoint                                   # noqa: E402
-from model import LAYERS, READS, Checkpoint                                       # noqa: E402
+from model import LAYERS, READS                                       # noqa: E402
+from support.checkpoint import Checkpoint                                       # noqa: E402
 
 
 def main():

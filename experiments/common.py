@@ -21,10 +21,14 @@ import torch
 import torch.nn.functional as F
 
 from air import air, asvd, fwsvd, normalise, profile, rank_at, statistics, svd, svdllm
-from calibrate import calibration_windows, choose, digest, embed, evaluation_windows, forward_sweep
+from calibrate import calibration_windows, embed, forward_sweep
+from support.texts import choose, digest
+from eval_ppl import evaluation_windows
 from eval_ppl import js_divergence
 from influence import SIGNALS, check_signal
-from model import LAYERS, READS, Checkpoint, InputError, parser, pick_device, to_logits
+from model import LAYERS, READS, to_logits
+from support.checkpoint import Checkpoint
+from support.script import InputError, parser, pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
 AIR = {"signal": "lrp", "scale": "mean", "delta": 2.0, "sweeps": 1, "order": "backward"}                # the paper's defaults

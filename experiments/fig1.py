@@ -12,9 +12,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from air import als_sweep, normalise, objective, profile, rank_at, truncated_svd
-from calibrate import digest
+from support.texts import digest
 from experiments.common import COLOURS, Lab, arguments, table, verdict
-from model import LAYERS, READS, InputError, run
+from model import LAYERS, READS
+from support.script import InputError, run
 
 RATE, DELTA, POINTS = 0.6, 2.0, 128
 

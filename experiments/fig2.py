@@ -13,10 +13,11 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
-from calibrate import digest
+from support.texts import digest
 from experiments.common import COLOURS, Lab, arguments, mean_spread, show, table, verdict
 from influence import operations
-from model import LAYERS, run, wide
+from model import LAYERS, wide
+from support.script import run
 
 POINTS, WINDOWS = 50, 4
 KINDS = [f"{what} {which}" for what in ("weights", "activations") for which in ("random", "outliers")]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.common import COLOURS, Lab, arguments, compare, every, find, mean_spread, percent, show, table, verdict
-from model import run
+from support.script import run
 
 DELTAS, RATES = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0), (0.6, 0.4)
 

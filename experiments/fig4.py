@@ -12,7 +12,7 @@ from pathlib import Path
 
 from table11 import NONE, ROWS, arguments, caption, middle, run_row, save, setting, target
 
-from model import run
+from support.script import run
 
 ALL = {switch: True for switch in NONE}
 MODELS = (("growing", False, ROWS[0][2]), ("static", False, ALL), ("compressed", True, ALL))

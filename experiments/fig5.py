@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.common import COLOURS, Lab, against, arguments, every, find, listed, mean_spread, show, table, verdict
-from model import InputError, run
+from support.script import InputError, run
 
 RATE, SHARES = 0.6, (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2)
 CALIBRATED = "the numbers of windows above, of the same text"

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from experiments.common import Lab, arguments, table, verdict
 from experiments.fig2 import activations, spearman
-from model import LAYERS, InputError, run
+from model import LAYERS
+from support.script import InputError, run
 
 ROWS = {"weight": "weight |W|", "weight influence": "influence of weights", "activation": "activation |A|",
         "activation influence": "influence of activations"}

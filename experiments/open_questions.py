@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 from air import air, normalise, profile
-from calibrate import digest
+from support.texts import digest
 from experiments.common import (Lab, against, arguments, compare, every, find, listed, percent, show, signal_of, solver, table,
                                 verdict)
-from model import LAYERS, READS, run, wide
+from model import LAYERS, READS, wide
+from support.script import run
 
 RATES = (0.6, 0.4)
 VARIANTS = {"default": "AIR as in the paper", "reversed": "1. inputs reversed", "random": "1. inputs in random order",

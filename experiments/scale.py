@@ -24,11 +24,13 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-import fast                                                                       # noqa: E402
+from support import fast                                                                       # noqa: E402
 from common import refresh                                                        # noqa: E402
 from air import rank_at                                                           # noqa: E402
-from large import costs, machine_rates                                            # noqa: E402
-from model import Checkpoint, Llama, check_space, parse_config            # noqa: E402
+from support.large import costs, machine_rates                                            # noqa: E402
+from support.checkpoint import Checkpoint, parse_config            # noqa: E402
+from model import Llama            # noqa: E402
+from support.script import check_space            # noqa: E402
 from shapes import SHAPES                                                         # noqa: E402
 from speed import algorithm_1, in_turn, ratio                                     # noqa: E402
 

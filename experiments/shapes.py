@@ -7,7 +7,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from air import rank_at                                                            # noqa: E402
-from model import LAYERS, Block, Llama, parse_config                               # noqa: E402
+from model import LAYERS, Block, Llama                               # noqa: E402
+from support.checkpoint import parse_config                               # noqa: E402
 
 
 def shape(dim, hidden, layers, heads, kv_heads, vocab=32000, context=2048, arch="Llama", **more):

@@ -26,7 +26,8 @@ import air                                                                      
 from air import als_sweep, truncated_svd                                          # noqa: E402
 from calibrate import calibration_windows, embed, forward_sweep                   # noqa: E402
 from influence import backward_sweep, start_gradient                                          # noqa: E402
-from model import Checkpoint, Llama, parse_config                                 # noqa: E402
+from support.checkpoint import Checkpoint, parse_config                                 # noqa: E402
+from model import Llama                                 # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -27,8 +27,12 @@ import torch.nn.functional as F
 
 from shapes import SHAPES, at_rate, random_model, ROOT
 
-from generate import Decoder, Matrix, estimate, free_bytes, generate
-from model import InputError, Llama, parse_config, pick_device, read_json, run
+from generate import Decoder, estimate, generate
+from support.fast import Matrix
+from support.script import free_bytes
+from support.script import InputError, pick_device, read_json, run
+from model import Llama
+from support.checkpoint import parse_config
 
 NONE = dict(o1=False, o2=False, o3=False, fuse=False, graph=False)
 ROWS = [    # what, compressed, switches

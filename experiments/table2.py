@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.common import (COLOURS, Lab, against, arguments, compare, every, find, listed, mean_spread, number, percent,
                                 show, table, verdict)
-from model import run
+from support.script import run
 
 METHODS, RATES = ("svd", "fwsvd", "asvd", "svdllm", "air"), (0.8, 0.6, 0.4, 0.2)
 NAMES = {"svd": "SVD", "fwsvd": "FWSVD", "asvd": "ASVD", "svdllm": "SVD-LLM(W)", "air": "AIR"}

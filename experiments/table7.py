@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.common import Lab, against, arguments, every, find, listed, show, table, verdict
-from model import run
+from support.script import run
 
 RATES, SCALES = (0.6, 0.4), ("mean", "max100")
 SIGNALS = {"ones": ("ones", "13.80"), "magnitude": ("\\|W\\|", "14.02"), "grad": ("gradient", "–"), "wxg": ("W×Grad", "11.27"),

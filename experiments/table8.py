@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.common import Lab, against, arguments, every, find, listed, mean_spread, show, table, verdict
-from model import run
+from support.script import run
 
 RATES, WAYS = (0.6, 0.4), (("backward", 1), ("forward", 1), ("backward", 2), ("backward", 10))
 PAPER = {("backward", 1): 11.27, ("forward", 1): 11.81, ("backward", 2): 11.44, ("backward", 10): 11.44}

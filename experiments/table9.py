@@ -12,7 +12,9 @@ from shapes import at_rate
 from table11 import NONE, ROWS, arguments, caption, cell, middle, run_row, save, setting, target
 
 from generate import value_shape
-from model import Llama, parse_config, run
+from model import Llama
+from support.checkpoint import parse_config
+from support.script import run
 
 RATES = (0.8, 0.6, 0.4, 0.2)
 ALL = {switch: True for switch in NONE}

@@ -15,7 +15,8 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT / "tests" / "golden"))
 
 from make_golden import SMALL, weights                      # noqa: E402
-from model import Llama, parse_config                       # noqa: E402
+from model import Llama                       # noqa: E402
+from support.checkpoint import parse_config                       # noqa: E402
 
 torch.set_num_threads(min(2, os.cpu_count()))
 TINY = dict(SMALL, architectures=["LlamaForCausalLM"], model_type="llama")      # 2 blocks, dim 32, 4 heads on 2 kv heads

@@ -7,8 +7,12 @@ import pytest
 import torch
 
 import calibrate as C
+from eval_ppl import evaluation_windows
+from support import texts as T
 from conftest import ROOT, SHARED, distance, write_checkpoint
-from model import LAYERS, READS, Checkpoint, InputError
+from model import LAYERS, READS
+from support.checkpoint import Checkpoint
+from support.script import InputError
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +21,7 @@ def demo():
 
 
 def test_stdlib_splits_share_no_file():
-    train, test = C.stdlib_rows("train"), C.stdlib_rows("test")
+    train, test = T.stdlib_rows("train"), T.stdlib_rows("test")
     assert not set(train) & set(test)
     assert 0.02 < len(test) / (len(train) + len(test)) < 0.09
     assert any("class OrderedDict" in row for row in train + test)
@@ -43,9 +47,9 @@ def test_calibration_windows_follow_the_released_recipe(demo, tmp_path):
 
 def test_evaluation_windows_are_disjoint_and_cover_the_text(demo, tmp_path):
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": f"import module{i}"}) for i in range(90)))
-    windows, tokens, per_byte = C.evaluation_windows(str(tmp_path / "t.jsonl"), demo, 16)
+    windows, tokens, per_byte = evaluation_windows(str(tmp_path / "t.jsonl"), demo, 16)
     joined = "\n\n".join(f"import module{i}" for i in range(90))
-    ids = [1] + C.Tokenizer(demo).encode(joined)
+    ids = [1] + T.Tokenizer(demo).encode(joined)
     assert windows.flatten().tolist() == ids[:len(ids) // 16 * 16] and tokens == len(ids) and per_byte == tokens / len(joined)
 
 
@@ -54,15 +58,15 @@ def test_token_arrays(tiny, tmp_path, windows):
     np.save(tmp_path / "two.npy", windows.numpy().astype(np.int32))
     np.save(tmp_path / "one.npy", windows.flatten().numpy())
     two, one = str(tmp_path / "two.npy"), str(tmp_path / "one.npy")
-    assert C.choose(ckpt, two) == (two, 6, 24)
+    assert T.choose(ckpt, two) == (two, 6, 24)
     assert torch.equal(C.calibration_windows(two, ckpt, 6, 24), windows)
-    assert torch.equal(C.evaluation_windows(two, ckpt)[0], windows)
-    assert torch.equal(C.evaluation_windows(one, ckpt, 10)[0], windows.flatten()[:140].view(14, 10))      # no BOS added
+    assert torch.equal(evaluation_windows(two, ckpt)[0], windows)
+    assert torch.equal(evaluation_windows(one, ckpt, 10)[0], windows.flatten()[:140].view(14, 10))      # no BOS added
     stream = windows.flatten().tolist()
     for row in C.calibration_windows(one, ckpt, 4, 10).tolist():
         assert any(row == stream[i:i + 10] for i in range(len(stream)))
     with pytest.raises(InputError, match="leave --seqlen out"):
-        C.choose(ckpt, two, None, 12)
+        T.choose(ckpt, two, None, 12)
 
 
 def test_wikitext2_has_the_known_number_of_tokens(tmp_path):
@@ -71,7 +75,7 @@ def test_wikitext2_has_the_known_number_of_tokens(tmp_path):
         pytest.skip("WikiText-2 and the LLaMA tokenizer are not at ../shared/data")
     folder = write_checkpoint(tmp_path / "llama", vocab_size=32000, max_position_embeddings=2048)
     shutil.copy(spm, folder / "tokenizer.model")
-    windows, tokens, _ = C.evaluation_windows(str(raw), Checkpoint(folder), 2048)
+    windows, tokens, _ = evaluation_windows(str(raw), Checkpoint(folder), 2048)
     assert (tokens, tuple(windows.shape)) == (341_469, (166, 2048)) and windows[0, 0] == 1
 
 
@@ -104,30 +108,30 @@ def whole_hidden(model, windows):
 
 
 def test_a_download_that_changed_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(C, "DATA", tmp_path)
+    monkeypatch.setattr(T, "DATA", tmp_path)
     (tmp_path / "wikitext-2-raw-v1.zip").write_bytes(b"something else")
     with pytest.raises(InputError, match="SHA-256"):
-        C.download("wikitext-2-raw-v1.zip")
+        T.download("wikitext-2-raw-v1.zip")
     name = "c4-validation.00000-of-00008.json.gz"           # no published sum: the first one is kept
     (tmp_path / name).write_bytes(b"one")
-    assert C.download(name) == tmp_path / name
+    assert T.download(name) == tmp_path / name
     (tmp_path / name).write_bytes(b"two")
     with pytest.raises(InputError, match="SHA-256"):
-        C.download(name)
+        T.download(name)
 
 
 def test_jsonl_keeps_unusual_line_breaks_and_names_the_bad_line(tmp_path):
     good = tmp_path / "good.jsonl"
     good.write_text(json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n\n" + json.dumps({"text": "d"}) + "\n")
-    assert C.rows_of(str(good), "test") == ["a\u2028b\x85c", "d"]
+    assert T.rows_of(str(good), "test") == ["a\u2028b\x85c", "d"]
     for bad in ('{"text": null}', '{"no": 1}', "[]", "x"):
         (tmp_path / "bad.jsonl").write_text('{"text": "ok"}\n' + bad)
         with pytest.raises(InputError, match="line 2"):
-            C.rows_of(str(tmp_path / "bad.jsonl"), "test")
+            T.rows_of(str(tmp_path / "bad.jsonl"), "test")
 
 
 def test_digest_knows_the_shape(windows):
-    assert C.digest(windows) != C.digest(windows.reshape(24, 6)) and C.digest(windows) == C.digest(windows.clone())
+    assert T.digest(windows) != T.digest(windows.reshape(24, 6)) and T.digest(windows) == T.digest(windows.clone())
 
 
 def test_tokenizer_json(tmp_path, monkeypatch):
@@ -138,15 +142,15 @@ def test_tokenizer_json(tmp_path, monkeypatch):
     t.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     t.enable_truncation(4)
     t.save(str(folder / "tokenizer.json"))
-    found = C.Tokenizer(Checkpoint(folder))
+    found = T.Tokenizer(Checkpoint(folder))
     assert (found.bos, found.eos, found.encode("w5 w6 w7 w8 w9 w3")) == ([0], {1, 2}, [5, 6, 7, 8, 9, 3])
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
-        C.Tokenizer(Checkpoint(folder))
+        T.Tokenizer(Checkpoint(folder))
 
 
 def test_tokenizer_json_without_its_package(tiny, monkeypatch):
     (tiny / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(InputError, match="pip install tokenizers"):
-        C.Tokenizer(Checkpoint(tiny))
+        T.Tokenizer(Checkpoint(tiny))

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import air
 from conftest import ROOT, SHARED, distance, script, write_checkpoint
-from model import LAYERS, READS, Checkpoint
+from model import LAYERS, READS
+from support.checkpoint import Checkpoint
 
 KEYS = {"method", "rate", "signal", "delta", "params_dense", "params_compressed", "rate_decomposed", "rate_file", "ppl_dense",
         "ppl_compressed", "text", "seqlen", "windows", "ranks", "loss", "repairs", "seconds", "peak_rss_bytes"}
@@ -107,8 +108,8 @@ def test_statistics_are_used_again(job, tmp_path, air_py):
             assert distance(a[layer + ".U.weight"] @ a[layer + ".V.weight"], b[layer + ".U.weight"] @ b[layer + ".V.weight"]) < 1e-3
     assert air_py(*arguments, "--signal", "fisher", "--overwrite", "--stats", tmp_path / "s").returncode == 0
     assert "self_attn.q_proj.gram" in load_file(block)
-    for signal in ("lrp", "fisher"):
-        assert f"self_attn.q_proj.{signal}" in load_file(block.with_name(f"block_001.{signal}.safetensors"))
+    for kind in ("lrp", "fisher"):
+        assert f"self_attn.q_proj.{kind}" in load_file(block.with_name(f"block_001.{kind}.safetensors"))
     other = write_checkpoint(tmp_path / "other", seed=5)
     refused = air_py(*arguments, "--ckpt", other, "--overwrite", "--stats", tmp_path / "s")
     assert refused.returncode == 2 and "another checkpoint" in refused.stderr
@@ -322,14 +323,14 @@ def test_tokenizer_of_another_vocabulary(job, tmp_path, monkeypatch):
 
 def test_no_network(job, tmp_path, monkeypatch):
     import urllib.error
-    import calibrate
+    from support import texts
     _, arguments, _ = job
 
     def offline(*_, **__):
         raise urllib.error.URLError("no route")
-    monkeypatch.setattr(calibrate, "DATA", tmp_path / "data")
+    monkeypatch.setattr(texts, "DATA", tmp_path / "data")
     (tmp_path / "data").mkdir()
-    monkeypatch.setattr(calibrate.urllib.request, "urlopen", offline)
+    monkeypatch.setattr(texts.urllib.request, "urlopen", offline)
     for text in ("wikitext2", "c4"):
         monkeypatch.setattr(sys, "argv", ["air.py", *map(str, arguments), "--text", text])
         with pytest.raises(air.InputError, match="could not be fetched"):
@@ -407,7 +408,7 @@ def test_a_full_disk(job, tmp_path, monkeypatch):
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr("model.save_file", full)
+    monkeypatch.setattr("support.checkpoint.save_file", full)
     monkeypatch.setattr(sys, "argv", ["air.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         air.run(air.main)

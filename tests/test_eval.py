@@ -8,7 +8,7 @@ import torch
 
 import eval_ppl as E
 from conftest import script, write_checkpoint
-from model import Checkpoint
+from support.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 

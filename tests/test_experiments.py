@@ -14,11 +14,12 @@ from conftest import ROOT, distance, script, write_checkpoint
 
 import air
 from air import als_sweep, normalise, profile
-from calibrate import digest
+from support.texts import digest
 from eval_ppl import evaluate
 from experiments import common
 from experiments.common import Lab, compare, compress, find, mean_spread, refresh, score, show, solver
-from model import LAYERS, Checkpoint
+from model import LAYERS
+from support.checkpoint import Checkpoint
 
 SCRIPTS = ("table2", "table7", "table8", "fig1", "fig2", "fig3", "fig5", "fig6", "a6", "open_questions")
 RESULTS = ROOT / "experiments" / "results"

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import air
-import fast
+from support import fast
 from conftest import distance
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))]

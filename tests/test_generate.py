@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate as G
+from support import fast
 from conftest import ROOT, TINY, script, write_checkpoint
-from model import Checkpoint, InputError, Llama, parse_config
+from support.checkpoint import Checkpoint, parse_config
+from support.script import InputError
+from model import Llama
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import fig4                                             # noqa: E402
@@ -202,7 +205,7 @@ def test_a_stored_matrix_multiplies_as_linear_does():
         assert torch.equal(w, before) and y.shape == (1, 1, m)
         assert w.untyped_storage().data_ptr() == matrix.w.untyped_storage().data_ptr()     # not held twice
         assert torch.allclose(y.double(), x.double() @ w.double().T, atol=1e-5)
-        for rows in (6, G.FEW + 2):
+        for rows in (6, fast.FEW + 2):
             x = torch.randn(2, rows // 2, n)
             assert torch.allclose(matrix(x)[0], F.linear(x, before), atol=1e-5)
     x, parts = torch.randn(1, 1, 33), [torch.randn(m, 33) for m in (11, 64, 2)]

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 import influence as R
 from calibrate import embed, forward_sweep
 from conftest import distance, write_checkpoint
-from model import LAYERS, READS, Checkpoint, InputError
+from model import LAYERS, READS
+from support.checkpoint import Checkpoint
+from support.script import InputError
 
 
 def sweep(ckpt, windows, signal, dtype=torch.float64, gram=False, eps=1e-6):

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 import air
-import large
+from support import large
 from conftest import ROOT, distance, write_checkpoint
-from model import Checkpoint, Folder, InputError, check_space
+from support.checkpoint import Checkpoint, Folder
+from support.script import InputError, check_space
 
 AIR = (sys.executable, str(ROOT / "air.py"))
 

@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as M
+from support import checkpoint
 from conftest import TINY, write_checkpoint
-from model import Checkpoint, InputError, LowRank, Writer, parse_config
+from support.checkpoint import Checkpoint, Writer, parse_config
+from support.script import InputError
+from model import LowRank
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 
@@ -114,7 +117,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
 
 def test_writer_shards_and_reads_back(tiny, tmp_path, monkeypatch, windows):
-    monkeypatch.setattr(M, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
     ckpt = Checkpoint(tiny)
     with Writer(tmp_path / "out", 0) as writer:
         for name in ckpt.names:

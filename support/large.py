@@ -7,7 +7,8 @@ import timeit
 import torch
 import torch.distributed as dist
 
-from model import Folder, InputError, check_space, free_bytes
+from support.checkpoint import Folder
+from support.script import InputError, check_space, free_bytes
 
 
 # ---------------------------------------------------------------------------------------------- block inputs on disk

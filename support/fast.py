@@ -3,6 +3,9 @@
 Read `truncated_svd` and `als_sweep` in air.py first; these have their signatures, and tests/test_fast.py holds them together.
 """
 import torch
+import torch.nn.functional as F
+
+from model import LowRank
 
 
 def truncated_svd(W, k, outliers=32, iterations=4):
@@ -67,3 +70,59 @@ def als_sweep(Wp, P, U, sigma, Vh, ranks, block=8):
         A[:, some], V[some] = a_new.T, v_new
     sigma = A.norm(dim=0)
     return A / sigma.clamp_min(tiny), sigma, V
+FEW = 32            # rows up to which a matrix is multiplied slice by slice on a CPU
+
+
+class Matrix:
+    """Weights w_i (m_i, n) that read the same input, stored as one matrix (m, n): x (..., n) -> [x w_iᵀ (..., m_i)].
+
+    The weights given become views of it: nothing is held twice, and their model still computes the same. On a CPU MKL
+    multiplies few fp32 rows of x on one thread, which cannot draw the memory's bandwidth; as a batch, one slice of w a thread,
+    it uses all. A tall matrix is stored column after column there: short rows are slow to sum."""
+
+    def __init__(self, *weights):
+        n, m, threads = weights[0].shape[1], sum(map(len, weights)), torch.get_num_threads()
+        fp32 = weights[0].dtype == torch.float32 and weights[0].device.type == "cpu"
+        self.sizes = [*map(len, weights), -m % threads if fp32 else 0]
+        m, new = sum(self.sizes), weights[0].new_zeros
+        self.w = new(n, m).T if fp32 and m >= 2 * n else new(m, n)
+        self.slices = self.w.unflatten(0, (threads, -1)).mT if fp32 else None           # (threads, n, m/threads)
+        for weight, part in zip(weights, self.w.split(self.sizes)):
+            weight.data = part.copy_(weight)
+
+    def __call__(self, x):
+        rows = x.numel() // x.shape[-1]
+        if self.slices is None or rows > FEW:
+            y = F.linear(x, self.w)
+        else:
+            y = torch.bmm(x.reshape(1, rows, -1).expand(len(self.slices), -1, -1), self.slices)             # (threads, rows, ...)
+            y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+        return [y] if y.shape[-1] == self.sizes[0] else y.split(self.sizes, dim=-1)[:-1]
+
+
+def align(layer, multiple=8):
+    """Pad a low-rank layer's rank with zeros: the same product, its rows aligned as CUDA's fast 16-bit kernels need."""
+    pad = -len(layer.V.weight) % multiple
+    layer.V.weight.data = F.pad(layer.V.weight, (0, 0, 0, pad))                         # (k + pad, n)
+    layer.U.weight.data = F.pad(layer.U.weight, (0, pad))                               # (m, k + pad)
+
+
+class Reads:
+    """Layers that read the same input: one product with their first factors (V, or W of a dense layer), then one with each U.
+    `fuse` False: one product with each first factor."""
+
+    def __init__(self, *layers, fuse=True):
+        first, last = zip(*[(layer.V, layer.U) if isinstance(layer, LowRank) else (layer, layer) for layer in layers])
+        self.V = [Matrix(*(layer.weight for layer in group)) for group in ([first] if fuse else zip(first))]
+        self.U = [None if a is b else Matrix(b.weight) for a, b in zip(first, last)]
+        self.bias = [layer.bias for layer in last]
+
+    def first(self, x):                                 # (..., n) -> [Vx of a low-rank layer, Wx of a dense one]
+        return [z for V in self.V for z in V(x)]
+
+    def second(self, i, z):                             # what is left of layer i: Uz + b of a low-rank one, z + b of a dense one
+        z = self.U[i](z)[0] if self.U[i] else z
+        return z if self.bias[i] is None else z + self.bias[i]
+
+    def __call__(self, x):
+        return [self.second(i, z) for i, z in enumerate(self.first(x))]
