@@ -1,73 +1,92 @@
-"""AIR: Activation- and Influence-Aware Ranks. Compress every linear layer of a LLaMA-family checkpoint to two factors.
+"""AIR: Activation- and Influence-Aware Ranks. Every linear layer of a LLaMA becomes two factors.
 
-    python air.py                                               # the bundled demo, about a minute
-    python air.py --ckpt llama7b.safetensors --rate 0.6         # rate: the fraction of parameters kept
+    python air.py                                           # the bundled demo, about a minute
+    python air.py --ckpt llama7b.safetensors --rate 0.6     # rate: the fraction of parameters kept
 
-Read the functions from `profile` to `native_factors` beside Section 3 and Algorithm 1 of the paper.
-Shapes: W (m, n), S (n, n), I (m, n), U (m, k), sigma (k,), Vh (k, n), k rank.
+Read the functions from `rank_at` to `air` beside Section 3 and Algorithm 1 of the paper.
+
+    paper           here             shape
+    W, W′ = WS      W, Wp            (m, n)
+    S               S                (n, n), lower triangular
+    I, 1 + δI       I, P             (m, n)
+    U′, Σ′, V′ᵀ     U, sigma, Vh     (m, k), (k,), (k, n)
+    U_k, V_kᵀ       U, V             (m, k), (k, n)
 """
 import math
-import os
-import re
-import resource
-import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy
 import torch
 
 from calibrate import add_calibration_arguments, calibration_windows, embed, forward_sweep
-from eval_ppl import evaluate, evaluation_windows
+from eval_ppl import (bits_per_byte, evaluate, evaluation_windows, per_byte_line, warn_nonfinite)
 from influence import SIGNALS, backward_sweep, check_signal, start_gradient
 from model import LAYERS, READS
-from support import fast
-from support.checkpoint import Checkpoint, Folder, Writer
-from support.large import Spill, add_up, divide, end_processes, from_first, gather, plan, processes, start_processes
-from support.script import InputError, check_target, parser, pick_device, run, write_json
-from support.texts import choose, digest, token_array
+from support import fast, large
+from support.checkpoint import Checkpoint, Writer, part_of, result_bytes
+from support.script import (InputError, Progress, Stopwatch, check_apart, check_writable,
+                            code_digest, parser, peak_memory, pick_blocks, pick_device, run,
+                            write_json)
+from support.texts import digest, own_windows, with_defaults
 
-FAST_FROM = 1024        # where both sides are as wide, fast.py computes the same with less work; math.inf keeps to these lines
+# Where both sides are as wide, support/fast.py computes the same with less work; math.inf keeps to
+# the lines here.
+FAST_FROM = 512
 
-# ---------------------------------------------------------------------------------------------- the method
+
+# -------------------------------------------------------------------------------- the method
 def rank_at(rate, m, n):
-    """The rank that keeps `rate` of m·n parameters: the largest k with k(m+n) <= rate·m·n (Section 4.1)."""
-    return int(rate * m * n / (m + n) + 1e-9)       # 1e-9: a product that is whole must not be rounded below itself
+    """The rank that keeps `rate` of m·n parameters: the largest k with k(m+n) <= rate·m·n (4.1)."""
+    return int(rate * m * n / (m + n) + 1e-9)       # a whole number must not be rounded below itself
 
 
 def profile(gram):
     """Eq. 1: S = cholesky(ΣXXᵀ), lower triangular, in fp64.
 
-    Takes ΣXXᵀ (n, n); returns (S (n, n) fp64, shift), shift being what had to be added to the diagonal, relative to its
-    mean: 0 for a numerically positive definite matrix, which more tokens than inputs usually give.
+    Takes ΣXXᵀ (n, n); returns (S (n, n) fp64, shift), shift being what had to be added to the
+    diagonal, relative to its mean: 0 for a numerically positive definite matrix, which more tokens
+    than inputs usually give. Raises RuntimeError for a matrix that is not finite.
     """
     gram = gram.double()
     mean = gram.diagonal().mean()
-    if mean == 0:                                                       # an input that is always zero: every S will do
+    if mean == 0:                                   # an input that is always zero: every S will do
         return torch.eye(len(gram), dtype=gram.dtype, device=gram.device), 1.0
-    # Not in the paper: the repair. Released code differs: it adds max(1.1·|λmin|, 1e-6·λmax, 1e-4), absolute in the last term.
+    # Not in the paper: the repair, ever larger shares of the mean diagonal. Released code differs:
+    # it adds max(1.1·|λmin|, 1e-6·λmax, 1e-4), absolute in the last term.
     info = torch.empty((), dtype=torch.int32, device=gram.device)
-    for shift in (0.0, *(10.0 ** e for e in range(-9, 1))):
+    for shift in (0.0, *(10.0**e for e in range(-9, 1))):
         S = gram.clone()
         S.diagonal().add_(shift * mean)
-        torch.linalg.cholesky_ex(S, out=(S, info))                      # in place: S is as large as ΣXXᵀ
+        torch.linalg.cholesky_ex(S, out=(S, info))  # in place: S is as large as ΣXXᵀ
         # A pivot at the level of rounding is luck, not definiteness: S⁻¹ would amplify noise.
-        if not info and S.diagonal().min() ** 2 > len(gram) * 2e-16 * mean:
+        rounding = len(gram) * 2e-16 * mean
+        if not info and S.diagonal().min()**2 > rounding:
             return S, shift
     raise RuntimeError("ΣXXᵀ is not finite")
 
 
 def normalise(I, scale="mean"):
-    """Influence (m, n), any positive scale -> unit mean per layer (Section 3.1), or the released code's mean 1, maximum 100."""
-    if scale == "mean":
-        return I / I.mean().clamp_min(torch.finfo(I.dtype).tiny)
-    # Released code differs: up to ten rounds that bend the distribution until its mean is 1 and its maximum 100, within 2 %.
+    """Influence (m, n), any positive scale -> unit mean per layer (Section 3.1)."""
+    if scale == "max100":
+        return bend(I)
+    return I / I.mean().clamp_min(torch.finfo(I.dtype).tiny)
+
+
+def bend(I):
+    """Released code differs: up to ten rounds until I's mean is 1 and its maximum 100, within 2 %."""
     for _ in range(10):
+        # To 0 … 1, then to unit mean.
         I = I - I.min()
         I = I / I.max().clamp_min(torch.finfo(I.dtype).tiny) + 1e-12
         I = I / I.mean()
-        I = I ** (math.log(100) / math.log(I.max())) if I.max() > 1 else I
+        # The power that takes the maximum to 100; it moves the mean.
+        if I.max() > 1:
+            I = I ** (math.log(100) / math.log(I.max()))
         I = I / I.mean()
         if abs(I.mean() - 1) < 0.02 and abs(I.max() - 100) < 2:
             break
@@ -75,7 +94,7 @@ def normalise(I, scale="mean"):
 
 
 def truncated_svd(W, k):
-    """Eq. 3 by Eckart-Young: the best rank-k factors U (m, k), sigma (k,), Vh (k, n) of W (m, n) in Frobenius norm."""
+    """Eq. 3 by Eckart-Young: the best rank-k U (m, k), sigma (k,), Vh (k, n) of W in Frobenius norm."""
     if min(W.shape) >= FAST_FROM:
         return fast.truncated_svd(W, k)
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
@@ -83,75 +102,100 @@ def truncated_svd(W, k):
 
 
 def objective(Wp, P, U, sigma, Vh):
-    """Eq. 4: L_act,infl = ‖√P ⊙ (W' − UΣVᵀ)‖² with P = 1 + δI; L_act (Eq. 3) with P = 1. Returns a float."""
+    """Eq. 4: L_act,infl = ‖√P ⊙ (W' − UΣVᵀ)‖² with P = 1 + δI; L_act (Eq. 3) with P = 1; a float."""
     return (P * (Wp - (U * sigma) @ Vh).square()).sum(dtype=torch.float64).item()
 
 
 def als_sweep(Wp, P, U, sigma, Vh, ranks):
-    """Algorithm 1, lines 4-9: one closed-form update of v_r, then of (u_r, σ_r), for every r in `ranks`, in their order.
+    """Algorithm 1, lines 3-9: one closed-form update of v_r, then of (u_r, σ_r), for every r in `ranks`.
 
-    Wp (m, n) profiled weight W'; P (m, n) = 1 + δI; U (m, k), sigma (k,), Vh (k, n) the start. Returns new U, sigma, Vh.
-    L_act,infl does not rise at any step (Proposition 3.1).
-
-    Same arithmetic as the paper's, less memory traffic. The weighted residual M = P ⊙ (W' − UΣVᵀ) is kept, so with
-    a = σu, E_r = residual + a vᵀ turns Eq. 5 into v + (aᵀM) / ((a²)ᵀP) and Eq. 6 into a + (M'v) / (P v²), where M',
-    the residual after the step in v, is M − P ⊙ a(v_new − v)ᵀ: no m×n matrix is formed between the two.
+    Wp (m, n) the profiled weight W'; P (m, n) = 1 + δI; U (m, k), sigma (k,), Vh (k, n) the start.
+    Returns new U, sigma, Vh. L_act,infl does not rise at any step (Proposition 3.1).
     """
     if min(Wp.shape) >= FAST_FROM:
         return fast.als_sweep(Wp, P, U, sigma, Vh, ranks)
-    A, Vh, tiny = U * sigma, Vh.clone(), torch.finfo(Wp.dtype).tiny
-    M = P * (Wp - A @ Vh)
-    for r in ranks:
-        a, v = A[:, r].clone(), Vh[r].clone()
-        # Eq. 5 (with u², as Eqs. 20-21 derive it): v = (uᵀ(P ⊙ E_r)) / (σ (u²)ᵀP)   (n,)
-        v_new = v + (a @ M) / (a.square() @ P).clamp_min(tiny)
-        # Eq. 6: ũ = ((P ⊙ E_r) v) / (P v²)   (m,)
-        a_new = a + (M @ v_new - a * (P @ (v_new * (v_new - v)))) / (P @ v_new.square()).clamp_min(tiny)
-        # Algorithm 1, line 8: M −= P ⊙ (ũ v_newᵀ − a vᵀ)
-        M.addcmul_(P, torch.outer(a_new, v_new).addr_(a, v, alpha=-1), value=-1)
-        A[:, r], Vh[r] = a_new, v_new
-    sigma = A.norm(dim=0)                                       # Eq. 27: σ = ‖ũ‖, u = ũ/σ
-    return A / sigma.clamp_min(tiny), sigma, Vh
+    U, sigma, Vh, tiny = U.clone(), sigma.clone(), Vh.clone(), torch.finfo(Wp.dtype).tiny
+    Wk = (U * sigma) @ Vh                                       # line 3: W'_k = U'_k Σ'_k V'_kᵀ
+    for r in ranks:                                             # line 4
+        u, s, v = U[:, r], sigma[r], Vh[r]
+        if s == 0:                                              # no such component
+            continue
+        old = s * torch.outer(u, v)
+        E = Wp - Wk + old                                       # line 5, Eq. 15: E_r = W' − W'_k + σuvᵀ
+        # line 6, Eq. 5: v = (uᵀ(P ⊙ E_r)) / (σ (u²)ᵀP), u² as Eq. 21 derives it          (n,)
+        v = (u @ (P * E)) / (s * (u.square() @ P)).clamp_min(tiny)
+        # line 7, Eq. 6: ũ = ((P ⊙ E_r) v) / (P v²)                                       (m,)
+        u = ((P * E) @ v) / (P @ v.square()).clamp_min(tiny)
+        # Eq. 27: σ = ‖ũ‖, u = ũ/σ
+        s = u.norm()
+        u = u / s.clamp_min(tiny)
+        Wk += s * torch.outer(u, v) - old                       # line 8: W'_k
+        U[:, r], sigma[r], Vh[r] = u, s, v
+    return U, sigma, Vh
 
 
 def native_factors(U, sigma, Vh, S=None):
-    """Algorithm 1, lines 10-11: U_k = U√Σ (m, k) and V_kᵀ = √Σ (Vᵀ S⁻¹) (k, n); S⁻¹ by a triangular solve in fp64."""
+    """Algorithm 1, lines 10-11: U_k = U√Σ (m, k) and V_kᵀ = √Σ Vᵀ S⁻¹ (k, n).
+
+    S⁻¹ by a triangular solve in fp64.
+    """
     if S is not None:
         Vh = torch.linalg.solve_triangular(S, Vh.to(S.dtype), upper=False, left=False).to(U.dtype)
     root = sigma.sqrt()
     return U * root, root[:, None] * Vh
 
 
-def air(W, S, I, k, delta=2.0, sweeps=1, order="backward"):
-    """Algorithm 1: W (m, n), S (n, n), normalised influence I (m, n), rank k -> U_k (m, k), V_kᵀ (k, n), losses.
+class Losses(NamedTuple):
+    """What a weight's approximation costs on the calibration windows."""
 
-    losses: L_act of the start; L_act,infl before and after; L_act,infl of the zero matrix, for relative errors.
-    δ = 0 gives SVD-LLM(W). `order` is backward (r = k-1 … 0, the paper's) or forward.
+    act: float | None           # L_act (Eq. 3) of SVD-LLM(W)'s start; of another method's result
+    before: float | None        # L_act,infl (Eq. 4) of the start; None for methods without it
+    after: float | None         # L_act,infl of the result
+    zero: float | None          # the loss of the zero matrix, for relative errors; None: not known
+
+
+def air(W, S, I, k, delta=2.0, sweeps=("backward",)):
+    """Algorithm 1: W (m, n), S (n, n), normalised I (m, n), rank k -> U_k (m, k), V_kᵀ (k, n), Losses.
+
+    δ = 0 gives SVD-LLM(W). `sweeps`: the order of the ranks in each, backward (r = k-1 … 0, the
+    paper's) or forward.
     """
-    Wp, P = W @ S.to(W.dtype), 1 + delta * I                    # Eq. 1: W' = WS
-    U, sigma, Vh = truncated_svd(Wp, k)                         # Eq. 3
-    losses = [objective(Wp, torch.ones_like(P), U, sigma, Vh), objective(Wp, P, U, sigma, Vh)]
-    for _ in range(sweeps):
-        U, sigma, Vh = als_sweep(Wp, P, U, sigma, Vh, range(k) if order == "forward" else range(k - 1, -1, -1))
-    losses += [objective(Wp, P, U, sigma, Vh), (P * Wp.square()).sum(dtype=torch.float64).item()]
-    return *native_factors(U, sigma, Vh, S), losses
+    Wp = W @ S.to(W.dtype)                                      # line 1, Eq. 1: W' = WS
+    P = 1 + delta * I
+    U, sigma, Vh = truncated_svd(Wp, k)                         # line 2, Eq. 3
+    act = objective(Wp, torch.ones_like(P), U, sigma, Vh)
+    before = objective(Wp, P, U, sigma, Vh)
+    for order in sweeps:
+        ranks = range(k - 1, -1, -1) if order == "backward" else range(k)
+        U, sigma, Vh = als_sweep(Wp, P, U, sigma, Vh, ranks)    # lines 3-9, Eqs. 5 and 6
+    after = objective(Wp, P, U, sigma, Vh)
+    zero = (P * Wp.square()).sum(dtype=torch.float64).item()
+    U, V = native_factors(U, sigma, Vh, S)                      # lines 10-11
+    return U, V, Losses(act, before, after, zero)
 
 
+# -------------------------------------------------------------------------------- what it is compared with
 def svdllm(W, S, k):
-    """SVD-LLM(W): truncate WS, multiply by S⁻¹; the optimum of L_act (Proposition A.1). Source: Wang et al., 2025."""
+    """SVD-LLM(W): truncate WS, multiply by S⁻¹; the optimum of L_act. Source: Wang et al., 2025.
+
+    Proposition A.1: AIR with δ = 0.
+    """
     return native_factors(*truncated_svd(W @ S.to(W.dtype), k), S)
 
 
 def svd(W, k, d=None):
     """Truncated SVD of W·diag(d), with d (n,) divided out again; plain SVD without d."""
-    U, sigma, Vh = truncated_svd(W if d is None else W * d, k)
-    return native_factors(U, sigma, Vh if d is None else Vh / d)
+    if d is None:
+        return native_factors(*truncated_svd(W, k))
+    U, sigma, Vh = truncated_svd(W * d, k)
+    return native_factors(U, sigma, Vh / d)
 
 
 def fwsvd(W, fisher, k, axis="in"):
-    """FWSVD: weight W by the square root of the Fisher information (m, n) summed along one axis. Source: Hsu et al., 2022.
+    """FWSVD: weight W by √ of the Fisher information (m, n) summed along one axis.
 
-    axis "in" weights the inputs, PyTorch's columns; they are the rows of that paper, which writes Z = XW. "out": the outputs.
+    axis "in" weights the inputs, PyTorch's columns; they are the rows of that paper, which writes
+    Z = XW. "out": the outputs. Source: Hsu et al., 2022.
     """
     if axis == "out":
         U, V = svd(W.T, k, (fisher.sum(1) + 1e-5).sqrt())
@@ -160,306 +204,495 @@ def fwsvd(W, fisher, k, axis="in"):
 
 
 def asvd(W, mean_abs, k, alpha=0.5):
-    """ASVD: weight each input by (mean |x_j|)^α, mean_abs (n,). Source: Yuan et al., 2024, without its rank search."""
-    return svd(W, k, mean_abs ** alpha + 1e-6)
+    """ASVD: weight each input by (mean |x_j|)^α, mean_abs (n,).
 
-
-# ---------------------------------------------------------------------------------------------- statistics, in order
-def statistics(ckpt, windows, device, dtype, blocks, signal=None, folder=None, spill=None):
-    """Yield (l, stats) for every block in `blocks`: ΣXXᵀ, mean |x| and, for a backward signal, I, one block at a time.
-
-    With a backward signal ΣXXᵀ comes from the forward recomputed in the backward sweep: neither statistics wait for the
-    other. With `folder`, they are kept there, with the gradient between two blocks, and a later run of the same checkpoint,
-    text and dtype goes on from them, whatever its rate, method, signal or δ. With `spill`, block inputs go to that folder
-    instead of memory. Several processes divide the windows.
+    Source: Yuan et al., 2024, without its search for ranks.
     """
-    (rank, world), tokens, last = processes(), windows.numel(), ckpt.cfg.n_layers
-    facts = {"checkpoint": ckpt.fingerprint(), "windows": digest(windows), "dtype": str(dtype)} if folder or spill else {}
-    stored, kinds = Folder(folder, facts) if folder else None, [kind for kind in ("gram", signal) if kind]
-    have, windows = dict(stored.files) if folder else {}, windows[rank::world]
-    file, state = "block_{:03}.{}.safetensors".format, "gradient_{:03}.{}.safetensors".format
-    todo = [l for l in blocks if not all(file(l, kind) in have for kind in kinds)]
-    for l in blocks:
-        if l not in todo:
-            yield l, {key: x for kind in kinds for key, x in stored.load(file(l, kind), device).items()}
-    inputs = Spill(Path(spill) / f"{rank}of{world}", facts) if signal and spill else {}
-    if not todo:
-        sweep = ()
-    elif signal is None:
-        sweep = forward_sweep(ckpt, embed(ckpt, windows, dtype), device, gram=True, stop=max(todo) + 1, tokens=tokens)
+    return svd(W, k, mean_abs**alpha + 1e-6)
+
+
+# -------------------------------------------------------------------------------- statistics, in order
+def statistics(ckpt, windows, device, dtype, blocks, signal=None):
+    """Yield (l, stats) of every block in `blocks`: ΣXXᵀ, mean |x| and, for a backward signal, I.
+
+    One block's at a time, which is why no more than one is ever in memory. support/large.py has the
+    same for statistics that are kept, spilled or divided among processes.
+    """
+    if signal is None:                                          # one forward sweep is enough
+        h = embed(ckpt, windows, dtype)
+        sweep = forward_sweep(ckpt, h, device, gram=True, blocks=range(max(blocks, default=-1) + 1))
     else:
-        top = next((l for l in range(max(todo), last) if world == 1 and state(l, signal) in have), None)    # goes on from there
-        stop = last if top is None else top
-        start = max((l for l in range(stop + 1) if l in inputs), default=0)
-        h = inputs.pop(start) if start in inputs else embed(ckpt, windows, dtype)
-        for _ in forward_sweep(ckpt, h, device, keep=inputs, start=start, stop=stop):
+        inputs = {}                                             # {block: its input}
+        for _ in forward_sweep(ckpt, embed(ckpt, windows, dtype), device, keep=inputs):
             pass
-        del h
-        g = (start_gradient(ckpt, windows, inputs.pop(last), device, signal) if top is None else
-             stored.load(state(top, signal))["g"].clone())
-        sweep = backward_sweep(ckpt, inputs, g, device, signal, gram=True, top=top, tokens=tokens)
+        g = start_gradient(ckpt, windows, inputs.pop(ckpt.cfg.n_layers), device, signal)
+        # ΣXXᵀ comes from the forward recomputed on the way back: neither statistics wait.
+        sweep = backward_sweep(ckpt, inputs, g, device, signal, gram=True)
     for l, stats in sweep:
-        add_up(stats)
-        if folder and rank == 0 and l in todo:
-            for kind in (kind for kind in kinds if file(l, kind) not in stored.files):
-                stored.save(file(l, kind), {key: x for key, x in stats.items() if key.endswith(f".{signal}") == (kind == signal)})
-        if folder and signal and rank == 0:
-            old = [name for name in stored.files if name.startswith("gradient") and signal in name.split(".")]
-            if world == 1 and l > min(todo):        # several processes do not keep the gradient
-                stored.save(state(l - 1, signal), {"g": g})
-            stored.forget(old)
-        if l in todo:
-            if file(l, "gram") in have:             # another method's: the same to rounding, and what every later run will read
-                stats |= stored.load(file(l, "gram"), device)
+        if l in blocks:
             yield l, stats
-        del stats                                   # before the next block's are collected
-        if signal and l == min(todo):
-            break
-    if signal and spill:
-        inputs.remove()
+        del stats                                               # before the next block's are collected
+        if signal and l == min(blocks):
+            return
 
 
-# ---------------------------------------------------------------------------------------------- the whole model
-METHODS = ("air", "svdllm", "svd", "fwsvd", "asvd")
-PART = "model-block-{:03}.safetensors".format       # of the output: a block, and under n_layers what belongs to none
+@dataclass
+class Inputs:
+    """What the sweeps collected of one input; q, k and v read the same one, so do gate and up."""
+
+    reader: str                         # the first layer that reads it
+    gram: torch.Tensor | None           # ΣXXᵀ (n, n) fp64
+    mean_abs: torch.Tensor | None       # mean of |x| (n,) fp64
+
+    @cached_property
+    def profiled(self):
+        """(S, shift) of Eq. 1, for the methods that ask."""
+        return profile(self.gram)
+
+    @property
+    def shift(self):
+        """What was added to ΣXXᵀ for its Cholesky factor; 0 where none was asked for."""
+        return self.profiled[1] if "profiled" in vars(self) else 0.0
 
 
-def solve(W, stats, name, k, S, method, signal, scale, delta, sweeps, order, axis):
-    """One weight W (m, n) by one method -> U (m, k), V (k, n), [L_act, L_act,infl before and after, its value at rank 0].
+@dataclass
+class Layer:
+    """One weight, the rank it gets, and what the sweeps collected of it."""
 
-    Only air has L_act,infl: for the others the list is [L_act, None, None, L_act at rank 0]; plain SVD sees no activations
-    and has none.
-    """
-    if method == "air":
-        I = torch.ones_like(W) if signal == "ones" else W.abs() if signal == "magnitude" else stats[f"{name}.{signal}"]
-        return air(W, S, normalise(I.to(W.dtype), scale), k, delta, sweeps, order)
-    if method == "svd":
-        return *svd(W, k), [None] * 4
-    gram = stats[f"{READS[name]}.gram"].to(W.dtype)
-    if method == "svdllm":
-        U, V = svdllm(W, S, k)
-    elif method == "fwsvd":
-        U, V = fwsvd(W, stats[f"{name}.fisher"].to(W.dtype), k, axis)
-    else:
-        U, V = asvd(W, stats[f"{READS[name]}.mean_abs"].to(W.dtype), k)
-    energy = lambda D: ((D @ gram) * D).sum().item()                    # noqa: E731   ‖DX‖² = tr(D ΣXXᵀ Dᵀ)
-    return U, V, [energy(W - U @ V), None, None, energy(W)]
+    name: str                   # such as model.layers.3.self_attn.q_proj
+    W: torch.Tensor             # (m, n) fp32
+    k: int                      # rank
+    inputs: Inputs
+    collected: dict             # {backward signal: I (m, n)}
+
+    @property
+    def S(self):
+        """S (n, n) of Eq. 1, fp64; computed once for all layers that read this input."""
+        return self.inputs.profiled[0]
+
+    @property
+    def mean_abs(self):
+        """ASVD's mean of |x| (n,)."""
+        return self.inputs.mean_abs.to(self.W.dtype)
+
+    def influence(self, signal):
+        """I (m, n) by one of SIGNALS, of any positive scale."""
+        if signal in self.collected:
+            return self.collected[signal].to(self.W.dtype)
+        return SIGNALS[signal].influence(self.W, self.inputs.gram)
 
 
-def solve_block(ckpt, l, stats, rate, how, device, say):
-    """The seven layers of block l, decomposed: ({name: tensor} of the whole block in the checkpoint's dtype, its report).
-
-    `how` holds the keyword arguments of solve. Report: {"ranks": {layer: k}, "loss": {layer: [L_act, before, after]},
-    "repairs": {layer: shift}}. Raises RuntimeError for statistics that are not finite.
-    """
-    tensors, report, S = {}, {"ranks": {}, "loss": {}, "repairs": {}}, {}
-    if not all(torch.isfinite(x).all() for x in stats.values()):
-        raise RuntimeError(f"the statistics of block {l} are not finite: activations overflowed; use bfloat16 or float32")
+def layers_of(ckpt, l, stats, ranks, device):
+    """The seven weights of block l, one at a time, as Layers."""
     for name in LAYERS:
-        layer, reads, start = f"model.layers.{l}.{name}", READS[name], time.time()
-        if how["method"] in ("air", "svdllm") and reads not in S:       # q, k, v share one S; so do gate and up
-            S = {reads: None}
-            S[reads], shift = profile(stats[f"{reads}.gram"])
-            if shift:
-                report["repairs"][layer] = shift
-                say(f"{layer}: ΣXXᵀ is not positive definite; {shift:.0e} of its mean diagonal was added to it")
-        W = ckpt.tensor(layer + ".weight", device, torch.float32)
-        k = report["ranks"][layer] = rank_at(rate, *W.shape)
-        U, V, loss = solve(W, stats, name, k, S.get(reads), **how)
-        tensors |= {layer + ".U.weight": U.to(ckpt.dtype).cpu(), layer + ".V.weight": V.to(ckpt.dtype).cpu()}
-        if layer + ".bias" in ckpt.tensors:
-            tensors[layer + ".U.bias"] = ckpt.tensor(layer + ".bias")
-        report["loss"][layer] = loss[:3]
-        dB = " -> ".join(f"{10 * math.log10(max(x, 1e-30) / loss[3]):.2f} dB"
-                         for x in (loss[1:3] if how["method"] == "air" else loss[:1]) if loss[3])
-        say(f"{layer:<34} {W.shape[0]:>5} x {W.shape[1]:<5} k {k:<5} {dB:<22} {time.time() - start:6.2f} s", 1)
-    return tensors | block_rest(ckpt, l, report["ranks"]), report
+        full = f"model.layers.{l}.{name}"
+        if READS[name] == name:
+            inputs = Inputs(full, stats.get(f"{name}.gram"), stats.get(f"{name}.mean_abs"))
+        own = [key for key in stats if key.startswith(name + ".")]
+        collected = {key.removeprefix(name + "."): stats[key] for key in own}
+        W = ckpt.tensor(full + ".weight", device, torch.float32)
+        yield Layer(full, W, ranks[full], inputs, collected)
 
 
-def block_rest(ckpt, l, without=()):
-    """{name: tensor} of block l as they are, but for the layers in `without`; l = n_layers: what belongs to no block."""
-    at = f"model.layers.{l}."
-    return {name: ckpt.tensor(name) for name in ckpt.names if name.rpartition(".")[0] not in without
-            and (name.startswith(at) if l < ckpt.cfg.n_layers else not name.startswith("model.layers."))}
+# -------------------------------------------------------------------------------- methods and options
+class Method(NamedTuple):
+    """How a weight becomes two factors."""
+
+    factors: Callable           # (Layer, Options) -> U (m, k), V (k, n), and air's Losses
+    reads: str                  # of the statistics: "influence", one of SIGNALS, "inputs", "nothing"
 
 
-def compress(ckpt, sweep, writer, rate, how, device, blocks, say):
-    """Decompose the blocks that `sweep` yields, in any order, block by block into `writer`; copy all other tensors.
+METHODS = {
+    "air": Method(lambda x, o: air(x.W, x.S, normalise(x.influence(o.signal), o.scale), x.k,
+                                   o.delta, (o.order,) * o.sweeps), "influence"),
+    "svdllm": Method(lambda x, o: svdllm(x.W, x.S, x.k), "inputs"),
+    "svd": Method(lambda x, o: svd(x.W, x.k), "nothing"),
+    "fwsvd": Method(lambda x, o: fwsvd(x.W, x.influence("fisher"), x.k, o.axis), "fisher"),
+    "asvd": Method(lambda x, o: asvd(x.W, x.mean_abs, x.k), "inputs"),
+}
 
-    `writer` is process 0's, None in the others. Returns the reports of solve_block in one, with "seconds" {stage: s}.
+
+def option(default, choices=None, help=None):
+    """A field of Options that is an argument of the command line, too."""
+    return field(default=default, metadata={"choices": choices, "help": help})
+
+
+@dataclass
+class Options:
+    """How weights become factors. Each field is an argument; the defaults are the paper's."""
+
+    method: str = option("air", METHODS)
+    signal: str = option("lrp", SIGNALS, "what fills the influence matrix (default lrp, from the last "
+                         "token's top logit; lrp-all: from every token's)")
+    scale: str = option("mean", ("mean", "max100"), "of I: unit mean; max100: the released code's")
+    delta: float = option(2.0, help="influence weighting strength δ of Eq. 4 (default 2)")
+    sweeps: int = option(1, help="ALS sweeps (default 1)")
+    order: str = option("backward", ("backward", "forward"), "ranks k-1 to 0 (default), or 0 to k-1")
+    axis: str = option("in", ("in", "out"), "fwsvd: Fisher information summed per input or output")
+
+    @property
+    def backward(self):
+        """The signal a backward sweep has to collect; None when the forward sweep is enough."""
+        reads = METHODS[self.method].reads
+        signal = self.signal if reads == "influence" else reads
+        return signal if signal in SIGNALS and SIGNALS[signal].target else None
+
+
+# -------------------------------------------------------------------------------- a block
+@dataclass
+class Solved:
+    """One decomposed layer."""
+
+    layer: str
+    shape: tuple                # (m, n)
+    k: int
+    losses: Losses
+    shift: float                # what was added to ΣXXᵀ before its Cholesky factor; 0: nothing
+    seconds: float
+    tensors: dict               # {name: tensor} in the checkpoint's dtype
+
+
+def activation_loss(layer, U, V):
+    """L_act = ‖(W − UV)X‖² = tr(D ΣXXᵀ Dᵀ) with D = W − UV, and of the zero matrix, as Losses."""
+    if layer.inputs.gram is None:                               # plain SVD sees no activations
+        return Losses(None, None, None, None)
+    gram = layer.inputs.gram.to(layer.W.dtype)
+    D = layer.W - U @ V
+    loss, zero = (((each @ gram) * each).sum().item() for each in (D, layer.W))
+    return Losses(loss, None, None, zero)
+
+
+def solve(layer, options):
+    """One Layer by one method -> (U (m, k), V (k, n), Losses)."""
+    U, V, *losses = METHODS[options.method].factors(layer, options)
+    return U, V, losses[0] if losses else activation_loss(layer, U, V)
+
+
+def compress_block(ckpt, l, stats, ranks, options, device):
+    """Yield the seven layers of block l, decomposed, as Solved.
+
+    Raises RuntimeError for statistics that are not finite.
     """
-    seconds = {"statistics": 0.0, "solve": 0.0}
-    began, done, left = time.time(), 0, len(blocks) * len(LAYERS)
-
-    def told(line, weights=0):
-        nonlocal done
-        done += weights * processes()[1]
-        say(line + (f"  {(time.time() - began) / done * max(0, left - done):5.0f} s left" if weights else ""))
-    lap = time.time()
-    for l, stats in divide(sweep):
-        start, mine = time.time(), None
-        seconds["statistics"] += start - lap
-        if l is not None:
-            mine = (l, *solve_block(ckpt, l, stats, rate, how, device, told))
-        del stats
-        for each in gather(mine):
-            if each:
-                writer.add(PART(each[0]), each[1], each[2])
-        lap = time.time()
-        seconds["solve"] += lap - start
-    report = {"ranks": {}, "loss": {}, "repairs": {}, "seconds": seconds}
-    for l in range(ckpt.cfg.n_layers + 1) if writer else ():
-        if PART(l) not in writer.done:
-            writer.add(PART(l), block_rest(ckpt, l))
-        for key, values in (writer.done[PART(l)] or {}).items():
-            report[key] |= values
-    return report
+    if not all(torch.isfinite(x).all() for x in stats.values()):
+        raise RuntimeError(f"the statistics of block {l} are not finite: activations overflowed; "
+                           "use bfloat16 or float32")
+    start = time.time()
+    for layer in layers_of(ckpt, l, stats, ranks, device):
+        U, V, losses = solve(layer, options)
+        tensors = {layer.name + ".U.weight": U.to(ckpt.dtype).cpu(),
+                   layer.name + ".V.weight": V.to(ckpt.dtype).cpu()}
+        if layer.name + ".bias" in ckpt.tensors:
+            tensors[layer.name + ".U.bias"] = ckpt.tensor(layer.name + ".bias")
+        # A repair of ΣXXᵀ is told once an input, with the first layer that reads it.
+        shift = layer.inputs.shift if layer.inputs.reader == layer.name else 0.0
+        yield Solved(layer.name, tuple(layer.W.shape), layer.k, losses, shift,
+                     time.time() - start, tensors)
+        start = time.time()
 
 
-def pick_blocks(text, n):
-    """'A:B' -> range(A, B) within 0:n. Raises InputError for anything else or an empty range."""
-    match = re.fullmatch("([0-9]*):([0-9]*)", text)
-    picked = range(int(match[1] or 0), int(match[2] or n)) if match else ()
-    if not picked or picked[-1] >= n:
-        raise InputError(f"--layers is '{text}'; expected A:B for blocks A to B-1, within 0:{n}")
-    return picked
+def shapes_of(ckpt, blocks):
+    """{layer: (m, n)} of the weights of `blocks`."""
+    names = [f"model.layers.{l}.{name}" for l in blocks for name in LAYERS]
+    return {name: ckpt.tensors[name + ".weight"].shape for name in names}
 
 
-def pick_layers(rate, ckpt, blocks):
-    """{layer: (m, n, rank)} of what will be decomposed. Raises InputError for a rate outside (0, 1] or one that leaves rank 0."""
+def pick_ranks(ckpt, blocks, rate):
+    """{layer: rank} of what is decomposed: each layer keeps `rate` of its parameters (Section 4.1).
+
+    Raises InputError for a rate outside (0, 1] or one that leaves a layer rank 0.
+    """
     if not 0 < rate <= 1:
-        raise InputError(f"--rate is {rate}; expected the fraction of parameters to keep, above 0 and at most 1")
-    shapes = {f"model.layers.{l}.{name}": ckpt.tensors[f"model.layers.{l}.{name}.weight"][0] for l in blocks for name in LAYERS}
-    layer, (m, n) = max(shapes.items(), key=lambda each: sum(each[1]) / math.prod(each[1]))      # the first to lose all ranks
-    if rank_at(rate, m, n) < 1:
-        raise InputError(f"--rate {rate} leaves {layer} ({m} x {n}) rank 0; expected {(m + n) / (m * n) + 5e-5:.4f} or more")
-    return {layer: (m, n, rank_at(rate, m, n)) for layer, (m, n) in shapes.items()}
+        raise InputError(f"--rate is {rate}; expected the fraction of parameters to keep, "
+                         "above 0 and at most 1")
+    shapes = shapes_of(ckpt, blocks)
+    ranks = {layer: rank_at(rate, m, n) for layer, (m, n) in shapes.items()}
+    # A rank costs (m + n)/(mn) of a layer's parameters: where it costs most, ranks are lost first.
+    layer = max(shapes, key=lambda name: sum(shapes[name]) / math.prod(shapes[name]))
+    if ranks[layer] < 1:
+        m, n = shapes[layer]
+        raise InputError(f"--rate {rate} leaves {layer} ({m} x {n}) rank 0; "
+                         f"expected {(m + n) / (m * n) + 5e-5:.4f} or more")
+    return ranks
 
 
-def count(ckpt):
-    """Parameters of a checkpoint, from the shapes in its files."""
-    return sum(math.prod(ckpt.tensors[name][0]) for name in ckpt.names)
+# -------------------------------------------------------------------------------- the command
+@dataclass
+class Job:
+    """What a run is to do, decided and checked before the first matrix product."""
+
+    ckpt: Checkpoint
+    options: Options
+    rate: float                 # fraction of the decomposed layers' parameters that is kept
+    blocks: range               # which are decomposed
+    ranks: dict                 # {layer: k}
+    calib: str                  # calibration text
+    windows: torch.Tensor       # (N, T) token ids, empty for a method that reads none
+    text: str                   # evaluation text, or "none"
+    evaluation: tuple | None    # (windows, tokens in the text, tokens a byte)
+    device: torch.device
+    dtype: torch.dtype
+    why: str                    # that dtype
+    out: str                    # folder
+
+    @property
+    def cut(self):
+        """{layer: (m, n, k)} of what is decomposed."""
+        shapes = shapes_of(self.ckpt, self.blocks)
+        return {layer: (*shapes[layer], k) for layer, k in self.ranks.items()}
+
+    def facts(self):
+        """What a result depends on: a run that goes on must have the same."""
+        code = code_digest(*large.SWEEPS, "air.py", "support/fast.py")
+        return {"checkpoint": self.ckpt.fingerprint(), "windows": digest(self.windows),
+                "dtype": str(self.dtype), "code": code, "rate": self.rate,
+                "layers": f"{self.blocks.start}:{self.blocks.stop}", **asdict(self.options)}
 
 
 def parse_arguments():
     p = parser(__doc__)
-    p.add_argument("--rate", type=float, default=0.6, help="fraction of the layers' parameters that is KEPT (default 0.6)")
-    p.add_argument("--method", choices=METHODS, default="air")
-    p.add_argument("--delta", type=float, default=2.0, help="influence weighting strength δ of Eq. 4 (default 2)")
-    p.add_argument("--sweeps", type=int, default=1, help="ALS sweeps (default 1)")
-    p.add_argument("--order", choices=("backward", "forward"), default="backward", help="ranks k-1 to 0 (default), or 0 to k-1")
-    p.add_argument("--signal", choices=(*SIGNALS, "ones", "magnitude"), default="lrp", help="what fills the influence matrix "
-                   "(default lrp, from the last token's top logit; lrp-all: from every token's)")
-    p.add_argument("--scale", choices=("mean", "max100"), default="mean", help="of I: unit mean; max100: the released code's")
-    p.add_argument("--axis", choices=("in", "out"), default="in", help="fwsvd: Fisher information summed per input or output")
+    p.add_argument("--rate", type=float, default=0.6,
+                   help="fraction of the layers' parameters that is KEPT (default 0.6)")
+    for each in fields(Options):
+        p.add_argument(f"--{each.name}", type=each.type, default=each.default, **each.metadata)
     add_calibration_arguments(p)
-    p.add_argument("--text", help="evaluation text, or none (default: the test part of the --calib text; a file as it is)")
-    p.add_argument("--layers", default=":", metavar="A:B", help="compress blocks A to B-1 only (default: all)")
-    p.add_argument("--stats", metavar="DIR", help="keep statistics here and use them again; a killed run goes on where it was")
-    p.add_argument("--spill", metavar="DIR", help="keep block inputs here instead of in memory, until they have been used")
+    p.add_argument("--text", help="evaluation text, or none (default: the test part of the --calib "
+                   "text; a file as it is)")
+    p.add_argument("--layers", default=":", metavar="A:B",
+                   help="compress blocks A to B-1 only (default: all)")
+    p.add_argument("--stats", metavar="DIR", help="keep statistics here and use them again; "
+                   "a killed run goes on where it was")
+    p.add_argument("--spill", metavar="DIR", help="keep block inputs here instead of in memory, "
+                   "until they have been used")
     p.add_argument("--out", help="output folder (default: out/NAME-METHOD-RATE)")
-    p.add_argument("--overwrite", action="store_true", help="replace an existing output folder once the new one is whole")
+    p.add_argument("--overwrite", action="store_true",
+                   help="replace an existing output folder once the new one is whole")
     p.add_argument("--json", metavar="FILE", help="write the results to FILE")
     p.add_argument("--quiet", action="store_true", help="print the results only")
     return p.parse_args()
 
 
-def report_perplexity(dense, written, text, loaded, device, dtype, say):
-    """Evaluate both checkpoints, print the two results, and return their part of the JSON."""
-    (windows, _, per_byte), scores, seconds = loaded, {}, {}
-    for which, ckpt in (("dense", dense), ("compressed", written)):
-        start = time.time()
-        say(f"perplexity of the {which} model …")
-        scores[which] = evaluate(ckpt, windows, device, dtype, tokens_per_byte=per_byte)
-        seconds[f"evaluate_{which}"] = time.time() - start
-    ppl = {f"ppl_{which}": score["ppl"] for which, score in scores.items()}
-    print("perplexity {:.3f} -> {:.3f}".format(*ppl.values()) + f"   {text}, {len(windows)} windows of {windows.shape[1]}")
-    if per_byte:
-        print("per byte   " + " -> ".join(f"{2 ** score['bits_per_byte']:.4f}" for score in scores.values()))
-    return ppl | {"text": text, "seqlen": windows.shape[1], "windows": len(windows)}, seconds
+def calibration(args, ckpt, method):
+    """(text, windows (N, T)) of the calibration; no windows for a method that reads none."""
+    text, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
+    if METHODS[method].reads == "nothing":
+        return text, torch.empty(0, seqlen, dtype=torch.long)
+    return text, calibration_windows(text, ckpt, samples, seqlen, args.seed)
+
+
+def evaluation(args, ckpt, calib, seqlen):
+    """(text, (windows, tokens in the text, tokens a byte)) of the evaluation, or ("none", None)."""
+    text = args.text or calib
+    if text == "none":
+        return text, None
+    # A .npy file of windows brings their length.
+    length = seqlen if own_windows(text, ckpt) is None else args.seqlen
+    _, _, length = with_defaults(ckpt, text, None, length)
+    return text, evaluation_windows(text, ckpt, length)
+
+
+def prepare(args):
+    """Arguments -> Job. Whatever can be wrong with them is looked at here; raises InputError."""
+    check_writable(args.json)
+    ckpt = Checkpoint(args.ckpt)
+    if ckpt.cfg.ranks:
+        raise InputError(f"{args.ckpt} is already compressed; "
+                         "point --ckpt at the dense checkpoint")
+    if args.sweeps < 0 or not 0 <= args.delta < math.inf:
+        raise InputError(f"--sweeps is {args.sweeps} and --delta {args.delta}; "
+                         "expected both to be 0 or more")
+    options = Options(**{each.name: getattr(args, each.name) for each in fields(Options)})
+    blocks = pick_blocks(args.layers, ckpt.cfg.n_layers)
+    ranks = pick_ranks(ckpt, blocks, args.rate)
+    device, dtype, why = pick_device(args.device, args.dtype)
+    check_signal(options.backward, dtype)
+    calib, windows = calibration(args, ckpt, options.method)
+    text, held_out = evaluation(args, ckpt, calib, windows.shape[1])
+    out = args.out or f"out/{ckpt.name}-{options.method}-{args.rate:g}"
+    check_apart(out, stats=args.stats, json=args.json)
+    device = large.start_processes(device)
+    world = large.processes()[1]
+    if 0 < len(windows) < world:
+        raise InputError(f"{len(windows)} windows cannot be divided among {world} processes; "
+                         "expected one for each at least")
+    return Job(ckpt, options, args.rate, blocks, ranks, calib, windows, text, held_out,
+               device, dtype, why, out)
+
+
+def make_plan(job, need, args):
+    """The plan of a run whose result takes `need` bytes; raises InputError where it cannot fit."""
+    signal, shape = job.options.backward, job.windows.shape
+    plan = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, signal)
+    plan.place((f"{job.out}.partial", need), args.spill, args.stats)
+    plan.check()
+    return plan
+
+
+def header(job, seed):
+    """The first two lines of a run."""
+    versions = f"torch {torch.__version__}, numpy {numpy.__version__}"
+    where = f"{job.device} ({torch.get_num_threads()} threads)"
+    world = large.processes()[1]
+    together = f", {world} processes" if world > 1 else ""
+    N, T = job.windows.shape
+    widest = max(n for _, n, _ in job.cut.values())
+    return (f"{versions}, {where}, {str(job.dtype)[6:]} ({job.why}), seed {seed}{together}\n"
+            f"{job.options.method} at rate {job.rate:g}: {len(job.blocks)} of "
+            f"{job.ckpt.cfg.n_layers} blocks of {job.ckpt.name}; {N} x {T} = {N * T:,} tokens "
+            f"of {job.calib} for inputs up to {widest:,} wide")
+
+
+def layer_line(solved):
+    """A line of progress: layer, shape, rank, losses relative to the zero matrix's, seconds."""
+    m, n = solved.shape
+    act, before, after, zero = solved.losses
+    shown = [act] if after is None else [before, after]
+    dB = [f"{10 * math.log10(max(loss, 1e-30) / zero):.2f} dB" for loss in shown if zero]
+    return (f"{solved.layer:<34} {m:>5} x {n:<5} k {solved.k:<5} {' -> '.join(dB):<22} "
+            f"{solved.seconds:6.2f} s")
+
+
+def sweep_of(job, blocks, args):
+    """(l, stats) of `blocks`: by `statistics` above, or by what support/large.py makes of it."""
+    if METHODS[job.options.method].reads == "nothing":
+        return ((l, {}) for l in blocks)
+    kept = args.stats or args.spill or large.processes()[1] > 1
+    collect = large.Kept(args.stats, args.spill).statistics if kept else statistics
+    signal = job.options.backward
+    return collect(job.ckpt, job.windows, job.device, job.dtype, blocks, signal)
+
+
+def solve_block(job, l, stats, progress):
+    """Block l decomposed, a line of progress a layer -> (its file, {name: tensor}, report).
+
+    Report: {"ranks": {layer: k}, "loss": {layer: [L_act, before, after]}, "repairs": {layer: shift}}.
+    """
+    tensors, report = {}, {"ranks": {}, "loss": {}, "repairs": {}}
+    for solved in compress_block(job.ckpt, l, stats, job.ranks, job.options, job.device):
+        if solved.shift:
+            progress.say(f"{solved.layer}: ΣXXᵀ is not positive definite; {solved.shift:.0e} of "
+                         "its mean diagonal was added to it")
+            report["repairs"][solved.layer] = solved.shift
+        progress.step(layer_line(solved), large.processes()[1])
+        tensors |= solved.tensors
+        report["ranks"][solved.layer] = solved.k
+        report["loss"][solved.layer] = solved.losses[:3]
+    return part_of(l), tensors | job.ckpt.rest(l, report["ranks"]), report
+
+
+def finish(job, writer, seed):
+    """Add what is not decomposed and the configuration, move all into place -> the whole report."""
+    report = {"ranks": {}, "loss": {}, "repairs": {}}
+    for l in range(job.ckpt.cfg.n_layers + 1):
+        if part_of(l) not in writer.done:
+            writer.add(part_of(l), job.ckpt.rest(l))
+        for key, values in (writer.done[part_of(l)] or {}).items():
+            report[key] |= values
+    N, T = job.windows.shape
+    section = asdict(job.options) | {
+        "rate": job.rate,
+        "ranks": report["ranks"],
+        "seed": seed,
+        "dtype": str(job.dtype)[6:],
+        "calibration": {"text": job.calib, "samples": N, "seqlen": T, "sha256": digest(job.windows)},
+        "versions": {"torch": torch.__version__, "numpy": numpy.__version__},
+    }
+    writer.finish(job.ckpt.raw | {"air": section}, job.ckpt.extras())
+    return report
+
+
+def count(job, written):
+    """Print and return the parameters of both checkpoints, counted in their files."""
+    dense, small = job.ckpt.parameters(), written.parameters()
+    decomposed = sum(m * n for m, n, _ in job.cut.values())
+    of_layers, of_file = 1 - (dense - small) / decomposed, small / dense
+    print(f"{job.options.method}: {dense:,} -> {small:,} parameters ({of_layers:.2%} of the "
+          f"decomposed layers, {of_file:.2%} of the file): {job.out}")
+    return {"params_dense": dense, "params_compressed": small,
+            "rate_decomposed": of_layers, "rate_file": of_file}
+
+
+def score(job, written, progress, watch):
+    """Evaluate both checkpoints, print and return their perplexities."""
+    if job.evaluation is None:
+        return {"ppl_dense": None, "ppl_compressed": None, "text": None,
+                "seqlen": job.windows.shape[1], "windows": 0}
+    windows, _, tokens_per_byte = job.evaluation
+    N, T = windows.shape
+    scores = []
+    for which, ckpt in (("dense", job.ckpt), ("compressed", written)):
+        progress.say(f"perplexity of the {which} model …")
+        scores.append(evaluate(ckpt, windows, job.device, job.dtype))
+        warn_nonfinite(scores[-1], windows)
+        watch.lap(f"evaluate_{which}")
+    dense, small = (each["ppl"] for each in scores)
+    print(f"perplexity {dense:.3f} -> {small:.3f}   {job.text}, {N} windows of {T}")
+    if tokens_per_byte:
+        print(per_byte_line(*(bits_per_byte(each, tokens_per_byte) for each in scores)))
+    return {"ppl_dense": dense, "ppl_compressed": small, "text": job.text,
+            "seqlen": T, "windows": N}
+
+
+def summary(job, results, watch):
+    """What --json writes."""
+    o = job.options
+    weighted = METHODS[o.method].reads == "influence"
+    on_gpu = job.device.type == "cuda"
+    return {
+        "method": o.method,
+        "rate": job.rate,
+        "signal": o.signal if weighted else o.backward,
+        "delta": o.delta if weighted else None,
+        **results,
+        "seconds": watch.seconds,
+        "peak_rss_bytes": peak_memory(),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+    }
 
 
 def main():
-    args, start = parse_arguments(), time.time()
+    args = parse_arguments()
+    progress, watch = Progress(args.quiet), Stopwatch()
 
-    def say(line):
-        if not args.quiet and os.environ.get("RANK", "0") == "0":
-            print(line, file=sys.stderr, flush=True)
+    # Every check, before the first matrix product.
+    job = prepare(args)
+    need = result_bytes(job.ckpt, job.cut)
+    plan = make_plan(job, need, args)
+    first = large.processes()[0] == 0                       # it writes and evaluates
+    writer = nullcontext()
+    if first:
+        writer = Writer(job.out, need, args.overwrite, job.facts(), keep=bool(args.stats))
 
-    # Whatever can be wrong is looked at before the first matrix product.
-    check_target(args.json)
-    ckpt = Checkpoint(args.ckpt)
-    if ckpt.cfg.ranks:
-        raise InputError(f"{args.ckpt} is already compressed; point --ckpt at the dense checkpoint")
-    if args.sweeps < 0 or not 0 <= args.delta < math.inf:
-        raise InputError(f"--sweeps is {args.sweeps} and --delta {args.delta}; expected both to be 0 or more")
-    blocks = pick_blocks(args.layers, ckpt.cfg.n_layers)
-    cut = pick_layers(args.rate, ckpt, blocks)
-    device, dtype, why = pick_device(args.device, args.dtype)
-    signal = args.signal if args.method == "air" and args.signal in SIGNALS else "fisher" if args.method == "fwsvd" else None
-    check_signal(signal, dtype)
-    calib, samples, seqlen = choose(ckpt, args.calib, args.samples, args.seqlen)
-    windows = (torch.empty(0, seqlen, dtype=torch.long) if args.method == "svd" else           # which reads no text
-               calibration_windows(calib, ckpt, samples, seqlen, args.seed))
-    text, loaded = args.text or calib, None
-    if text != "none":
-        whole = text.endswith(".npy") and token_array(text, ckpt).dim() == 2                   # brings its own windows
-        loaded = evaluation_windows(text, ckpt, choose(ckpt, text, None, args.seqlen if whole else seqlen)[2])
-    out = args.out or f"out/{ckpt.name}-{args.method}-{args.rate:g}"
-    for option, path in (("--stats", args.stats), ("--json", args.json)):
-        if path and Path(out).resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
-            raise InputError(f"{option} {path} lies inside --out {out}, which is replaced as a whole; give another {option}")
-    dense, whole = count(ckpt), sum(m * n for m, n, _ in cut.values())
-    need = (dense - whole + sum(k * (m + n) for m, n, k in cut.values())) * ckpt.dtype.itemsize + 2**22
-
-    how = {key: getattr(args, key) for key in ("method", "signal", "scale", "delta", "sweeps", "order", "axis")}
-    device = start_processes(device)
-    rank, world = processes()
-    if 0 < len(windows) < world:
-        raise InputError(f"{len(windows)} windows cannot be divided among {world} processes; expected one for each at least")
-    planned = plan(ckpt, cut, windows.shape, dtype, device, signal, need, out, args.stats, args.spill)
-    facts = {"checkpoint": ckpt.fingerprint(), "windows": digest(windows), "dtype": str(dtype), "rate": args.rate,
-             "layers": f"{blocks.start}:{blocks.stop}", **how}
-    with Writer(out, need, args.overwrite, facts, keep=bool(args.stats)) if rank == 0 else nullcontext() as writer:
-        say(f"torch {torch.__version__}, numpy {numpy.__version__}, {device} ({torch.get_num_threads()} threads), "
-            f"{str(dtype)[6:]} ({why}), seed {args.seed}" + (f", {world} processes" if world > 1 else ""))
-        say(f"{args.method} at rate {args.rate:g}: {len(blocks)} of {ckpt.cfg.n_layers} blocks of {ckpt.name}; {len(windows)} x "
-            f"{seqlen} = {windows.numel():,} tokens of {calib} for inputs up to {max(n for _, n, _ in cut.values()):,} wide")
-        say(planned)
-        left = from_first([l for l in blocks if not (writer and PART(l) in writer.done)])
-        if len(left) < len(blocks):
-            say(f"going on: {len(blocks) - len(left)} of {len(blocks)} blocks are finished in {out}.partial")
-        sweep = (((l, {}) for l in left) if args.method == "svd" else
-                 statistics(ckpt, windows, device, dtype, left, signal, args.stats, args.spill))
-        seconds = {"prepare": time.time() - start}
-        report = compress(ckpt, sweep, writer, args.rate, how, device, left, say)
-        seconds |= report.pop("seconds")
-        end_processes()
-        if rank:                                    # process 0 writes and evaluates
+    # Block by block: collect its statistics, replace its weights by factors, write them.
+    with writer:
+        progress.say(header(job, args.seed))
+        progress.say(plan.line())
+        done = writer.done if first else {}
+        left = large.from_first([l for l in job.blocks if part_of(l) not in done])
+        if len(left) < len(job.blocks):
+            progress.say(f"going on: {len(job.blocks) - len(left)} of {len(job.blocks)} "
+                         f"blocks are finished in {job.out}.partial")
+        progress.begin(len(left) * len(LAYERS))
+        watch.lap("prepare")
+        for l, stats in large.divide(sweep_of(job, left, args)):
+            watch.lap("statistics")
+            part = None if l is None else solve_block(job, l, stats, progress)
+            del stats
+            for name, tensors, note in large.gather(part):
+                writer.add(name, tensors, note)
+            watch.lap("solve")
+        large.end_processes()
+        if not first:
             return
-        start = time.time()
-        writer.finish(ckpt.raw | {"air": how | {
-            "rate": args.rate, "ranks": report["ranks"], "seed": args.seed, "dtype": str(dtype)[6:],
-            "calibration": {"text": calib, "samples": len(windows), "seqlen": seqlen, "sha256": digest(windows)},
-            "versions": {"torch": torch.__version__, "numpy": numpy.__version__}}}, ckpt.extras())
-        seconds["write"] = time.time() - start
+        report = finish(job, writer, args.seed)
+        watch.lap("write")
 
-    written = Checkpoint(out)
-    small = count(written)
-    rates = {"rate_decomposed": 1 - (dense - small) / whole, "rate_file": small / dense}
-    print(f"{args.method}: {dense:,} -> {small:,} parameters ({rates['rate_decomposed']:.2%} of the decomposed layers, "
-          f"{rates['rate_file']:.2%} of the file): {out}")
-    scores = {"ppl_dense": None, "ppl_compressed": None, "text": None, "seqlen": seqlen, "windows": 0}
-    if loaded:
-        scores, more = report_perplexity(ckpt, written, text, loaded, device, dtype, say)
-        seconds |= more
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    stages = ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items())
-    say(f"{sum(seconds.values()):.0f} s ({stages}), peak memory {peak / 1e9:.2f} GB")
-    used = (args.signal, args.delta) if args.method == "air" else (signal, None)
-    write_json(args.json, {"method": args.method, "rate": args.rate, "signal": used[0], "delta": used[1], "params_dense": dense,
-                           "params_compressed": small, **rates, **scores, **report, "seconds": seconds, "peak_rss_bytes": peak,
-                           "peak_gpu_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None})
+    # The result is read back: what is counted and evaluated is what was written.
+    written = Checkpoint(job.out)
+    results = count(job, written) | score(job, written, progress, watch) | report
+    stages = ", ".join(f"{stage} {s:.1f}" for stage, s in watch.seconds.items())
+    progress.say(f"{sum(watch.seconds.values()):.0f} s ({stages}), "
+                 f"peak memory {peak_memory() / 1e9:.2f} GB")
+    write_json(args.json, summary(job, results, watch))
 
 
 if __name__ == "__main__":

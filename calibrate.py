@@ -1,6 +1,10 @@
-"""Stage 1: text -> tokens -> windows, and the forward sweep: block inputs and Gram matrices ΣXXᵀ, block by block.
+"""Stage 1: text -> windows of tokens, and the forward sweep: block inputs and Gram matrices ΣXXᵀ.
 
-Alone, it writes the windows it would calibrate on:  python calibrate.py --ckpt demo --calib stdlib --out w.npy
+Alone, it prints how well conditioned they are and writes the windows it would calibrate on:
+
+    python calibrate.py --ckpt demo --calib stdlib --out w.npy
+
+Shapes: N windows, T tokens a window, n inputs of a layer.
 """
 import random
 from types import SimpleNamespace
@@ -9,43 +13,59 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import PLAIN, READS, rope, wide
+from model import INPUTS, PLAIN, rope, wide
 from support.checkpoint import Checkpoint
-from support.script import InputError, check_target, parser, pick_device, run
-from support.texts import TOO_SHORT, Tokenizer, choose, digest, rows_of, token_array
+from support.script import check_writable, parser, pick_device, run
+from support.texts import (Tokenizer, digest, own_windows, rows_of, token_array, too_short,
+                           with_defaults)
 
 
+# -------------------------------------------------------------------------------- windows
 def calibration_windows(text, ckpt, samples=256, seqlen=2048, seed=3):
     """Calibration windows (samples, seqlen) of token ids.
 
-    As the paper's released code takes them: rows joined by a blank line (blank rows dropped), a start uniform in
-    characters, 10·T characters tokenized, the first T tokens kept, shorter ones drawn again. From a 1-D array: a start
-    uniform in tokens. A 2-D array is returned as it is. Raises InputError for a text shorter than one window.
+    As the paper's released code takes them: rows joined by a blank line (blank rows dropped), a
+    start uniform in characters, 10·T characters tokenized, the first T tokens kept, shorter ones
+    drawn again. Raises InputError for a text shorter than one window.
     """
+    if text.endswith(".npy"):
+        return windows_of_array(text, ckpt, samples, seqlen, seed)
     rng = random.Random(seed)
-    if str(text).endswith(".npy"):
-        ids = token_array(text, ckpt)
-        if ids.dim() == 2:
-            return ids
-        if len(ids) < seqlen:
-            raise InputError(TOO_SHORT(text, len(ids), seqlen))
-        starts = [rng.randint(0, len(ids) - seqlen) for _ in range(samples)]
-        return torch.stack([ids[i:i + seqlen] for i in starts])
+    tokenizer = Tokenizer(ckpt)
     joined = "\n\n".join(row for row in rows_of(text, "train") if row.strip())
-    tokenizer, windows = Tokenizer(ckpt), []
-    if len(joined) <= 10 * seqlen:
-        raise InputError(TOO_SHORT(text, len(joined) // 10, seqlen))
+    span = 10 * seqlen                                          # characters
+    if len(joined) <= span:
+        raise too_short(text, len(joined) // 10, seqlen)
+    windows = []
     for _ in range(10 * samples):
-        start = rng.randint(0, len(joined) - 10 * seqlen - 1)
-        ids = tokenizer.bos + tokenizer.encode(joined[start:start + 10 * seqlen])
+        start = rng.randint(0, len(joined) - span - 1)
+        ids = tokenizer.bos + tokenizer.encode(joined[start:start + span])
         if len(ids) >= seqlen:
             windows.append(ids[:seqlen])
-            if len(windows) == samples:
-                return torch.tensor(windows)
-    raise InputError(TOO_SHORT(text, max(len(ids), 1), seqlen))
+        if len(windows) == samples:
+            return torch.tensor(windows)
+    raise too_short(text, max(len(ids), 1), seqlen)
 
 
-# ---------------------------------------------------------------------------------------------- the forward sweep
+def windows_of_array(text, ckpt, samples, seqlen, seed):
+    """The windows of a 2-D .npy file as they are; of a 1-D one `samples`, starts uniform in tokens."""
+    own = own_windows(text, ckpt)
+    if own is not None:
+        return own
+    ids = token_array(text, ckpt)
+    if len(ids) < seqlen:
+        raise too_short(text, len(ids), seqlen)
+    rng = random.Random(seed)
+    starts = [rng.randint(0, len(ids) - seqlen) for _ in range(samples)]
+    return torch.stack([ids[i:i + seqlen] for i in starts])
+
+
+def embed(ckpt, windows, dtype):
+    """Token ids (N, T) -> the first block's input (N, T, dim), in host memory."""
+    return F.embedding(windows, ckpt.tensor("model.embed_tokens.weight", dtype=dtype))
+
+
+# -------------------------------------------------------------------------------- statistics
 def recording(ops, seen):
     """The operations `ops`, whose linear also notes each layer's input: seen[layer] = x."""
     def linear(layer, x):
@@ -54,54 +74,65 @@ def recording(ops, seen):
     return SimpleNamespace(**vars(ops) | {"linear": linear})
 
 
+def add(stats, key, value):
+    """stats[key] += value in fp64, so that 256 windows lose no digits."""
+    stats[key] = stats[key].add_(value) if key in stats else value.double()
+
+
 def add_inputs(stats, block, seen, tokens):
-    """Add a batch to the statistics of a block's four distinct inputs: ΣXXᵀ (n, n) and the mean of |x| (n,), both fp64.
+    """Add a batch to the statistics of a block's four distinct inputs; `tokens` in all batches.
 
-    The product is taken in fp32 (fp64 for an fp64 model) and summed in fp64, so that 256 windows lose no digits.
-    `tokens`: how many there are in all batches.
+    Products in fp32 (fp64 for an fp64 model), sums in fp64.
     """
-    for name in sorted(set(READS.values())):
-        x = wide(seen[block.get_submodule(name)]).flatten(0, -2)                # (tokens, n)
-        for key, value in ((f"{name}.gram", x.T @ x), (f"{name}.mean_abs", x.abs().sum(0) / tokens)):   # Eq. 1: ΣXXᵀ
-            stats[key] = stats[key].add_(value) if key in stats else value.double()
+    for name in INPUTS:
+        x = wide(seen[block.get_submodule(name)]).flatten(0, -2)    # (tokens, n)
+        # Eq. 1: ΣXXᵀ, the sum of x xᵀ over all tokens   (n, n)
+        add(stats, f"{name}.gram", x.T @ x)
+        # ASVD's mean of |x|   (n,)
+        add(stats, f"{name}.mean_abs", x.abs().sum(0) / tokens)
 
 
-def embed(ckpt, windows, dtype):
-    """Token ids (N, T) -> the first block's input (N, T, dim), in host memory."""
-    return F.embedding(windows, ckpt.tensor("model.embed_tokens.weight", dtype=dtype))
-
-
+# -------------------------------------------------------------------------------- the sweep
 @torch.no_grad()
-def forward_sweep(ckpt, h, device, gram=False, keep=None, start=0, stop=None, tokens=None):
-    """Run every window through blocks start to stop - 1 (default: all); only one block's weights are in memory at a time.
+def forward_sweep(ckpt, h, device, gram=False, keep=None, blocks=None):
+    """Run every window through `blocks` (a range; default: all), one block's weights at a time.
 
-    h (N, T, dim), in host memory, is replaced in place by each block's output, unless there is `keep`, a dict: it receives
-    {l: block l's input} and, under `stop`, the last output. Yields (l, stats) after block l; with `gram`, stats holds what
-    add_inputs collects, for `tokens` calibration tokens in all (default: these).
+    h (N, T, dim), in host memory, the first block's input, is replaced in place by each block's
+    output, unless there is `keep`, a dict: it receives {l: block l's input} and, under the number
+    after the last block's, the last output. Yields (l, stats) after block l; with `gram`, stats
+    holds what add_inputs collects.
     """
-    angles, batch = rope(ckpt.cfg, h.shape[1], device), max(1, 1024 // h.shape[1])
-    stop = ckpt.cfg.n_layers if stop is None else stop
-    for l in range(start, stop):
-        block, stats = ckpt.block(l, device, h.dtype), {}
+    blocks = range(ckpt.cfg.n_layers) if blocks is None else blocks
+    angles = rope(ckpt.cfg, h.shape[1], device)
+    batch = max(1, 1024 // h.shape[1])                              # about a thousand tokens
+    for l in blocks:
+        block = ckpt.block(l, device, h.dtype)
+        stats = {}
+        # The input is kept for the backward sweep, or overwritten.
+        out = h
         if keep is not None:
             keep[l] = h
-        out = h if keep is None else torch.empty_like(h)
+            out = torch.empty_like(h)
         for i in range(0, len(h), batch):
             seen = {}
-            out[i:i + batch] = block(h[i:i + batch].to(device), angles, recording(PLAIN, seen) if gram else PLAIN)
+            ops = recording(PLAIN, seen) if gram else PLAIN
+            out[i:i + batch] = block(h[i:i + batch].to(device), angles, ops)
             if gram:
-                add_inputs(stats, block, seen, tokens or h.shape[0] * h.shape[1])
+                add_inputs(stats, block, seen, h.shape[0] * h.shape[1])
         h = out
         yield l, stats
     if keep is not None:
-        keep[stop] = h
+        keep[blocks.stop] = h
 
 
-def add_calibration_arguments(parser):
-    parser.add_argument("--calib", help="calibration text: stdlib, wikitext2 (default; demo stdlib), c4, or a file's path")
-    parser.add_argument("--samples", type=int, help="calibration windows (default 256; demo 64)")
-    parser.add_argument("--seqlen", type=int, help="tokens a window, calibration and evaluation (default 2048; demo 256)")
-    parser.add_argument("--seed", type=int, default=3)
+# -------------------------------------------------------------------------------- the command
+def add_calibration_arguments(p):
+    p.add_argument("--calib", help="calibration text: stdlib, wikitext2 (default; demo stdlib), c4, "
+                   "or a file's path")
+    p.add_argument("--samples", type=int, help="calibration windows (default 256; demo 64)")
+    p.add_argument("--seqlen", type=int, help="tokens a window, calibration and evaluation "
+                   "(default 2048; demo 256)")
+    p.add_argument("--seed", type=int, default=3, help="of the windows' starts (default 3)")
 
 
 def main():
@@ -109,19 +140,23 @@ def main():
     add_calibration_arguments(p)
     p.add_argument("--out", help="write the windows (N, T) to this .npy file")
     args = p.parse_args()
-    check_target(args.out)
+    check_writable(args.out)
     ckpt = Checkpoint(args.ckpt)
     device, dtype, _ = pick_device(args.device, args.dtype)
-    text, samples, seqlen = choose(ckpt, args.calib, args.samples, args.seqlen)
+    text, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
     windows = calibration_windows(text, ckpt, samples, seqlen, args.seed)
-    print(f"{text}: {windows.shape[0]} windows of {windows.shape[1]} tokens, sha256 {digest(windows)[:16]}")
+    print(f"{text}: {windows.shape[0]} windows of {windows.shape[1]} tokens, "
+          f"sha256 {digest(windows)[:16]}")
     if args.out:
         with open(args.out, "wb") as f:
             np.save(f, windows.numpy())
     print("block  condition number of ΣXXᵀ, for each distinct layer input")
     for l, stats in forward_sweep(ckpt, embed(ckpt, windows, dtype), device, gram=True):
-        print(f"{l:>5}  " + "   ".join(f"{key.split('.')[1]} {torch.linalg.cond(gram):.1e}" for key, gram in stats.items()
-                                       if key.endswith("gram")), flush=True)
+        conditions = []
+        for name in INPUTS:
+            condition = torch.linalg.cond(stats[f"{name}.gram"])
+            conditions.append(f"{name.split('.')[1]} {condition:.1e}")
+        print(f"{l:>5}  " + "   ".join(conditions), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,30 @@
-"""Stage 2: the backward sweep, block by block: how much each weight influences the model's output (Section 3.1, A.1).
+"""Stage 2: the backward sweep: how much each weight influences the model's output (Section 3.1, A.1).
 
-Relevance follows AttnLRP in gradient form: with g = R / z at every activation z, relevance propagation is an ordinary
-backward pass in which four operations have another derivative. They are the functions under "rules" below; the block
-itself is model.py's. Weight×Gradient and Fisher use the same sweep with the ordinary operations.
+Relevance follows AttnLRP in gradient form: with g = R / z at every activation z, propagating
+relevance is an ordinary backward pass in which four operations have another derivative. They are
+the functions under "rules"; the block itself is model.py's. Weight×Gradient and Fisher use the same
+sweep with the ordinary operations.
 
 Alone, it prints how influence is spread:  python influence.py --ckpt demo --signal lrp
+
+Shapes: N windows, T tokens a window, W and I (m, n).
 """
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from calibrate import add_calibration_arguments, add_inputs, calibration_windows, embed, forward_sweep, recording
+from calibrate import (add_calibration_arguments, add_inputs, calibration_windows, embed,
+                       forward_sweep, recording)
 from model import LAYERS, PLAIN, attention, rope, to_logits, wide
 from support.checkpoint import Checkpoint
 from support.script import InputError, parser, pick_device, run
-from support.texts import choose
+from support.texts import with_defaults
 
-# ---------------------------------------------------------------------------------------------- rules
+
+# -------------------------------------------------------------------------------- rules
 class ScaleGradient(torch.autograd.Function):
     """Identity whose gradient is multiplied by `scale`, a number or a constant tensor."""
 
@@ -32,10 +39,14 @@ class ScaleGradient(torch.autograd.Function):
 
 
 def epsilon_linear(layer, x, eps=1e-6):
-    """ε-rule for z = Wx + b.  Eq. 11: r_{i←j} = z_ij / (z_j + ε·sign z_j) · R_j, so g_x = Wᵀ(g ⊙ z/(z + ε·sign z))."""
+    """ε-rule for z = Wx + b.  Eq. 11: r_{i←j} = z_ij / (z_j + ε·sign z_j) · R_j.
+
+    With R_j = z_j g_j, the gradient form is g_x = Wᵀ(g ⊙ z/(z + ε·sign z)).
+    """
     z = layer(x)
     with torch.no_grad():
-        scale = z / (z + torch.full_like(z, eps).copysign_(z))
+        signed_eps = torch.full_like(z, eps).copysign_(z)
+        scale = z / (z + signed_eps)
     return ScaleGradient.apply(z, scale)
 
 
@@ -60,31 +71,55 @@ def uniform_mul(a, b):
 
 
 def uniform_attention(q, k, v):
-    """Uniform rule for both products of attention, plain gradient (Taylor rule) for the softmax between them.
+    """Uniform rule for both products of attention, and the softmax's plain gradient between them.
 
-    Halving the gradients of q and k halves that of their product q·kᵀ, so the fused kernel stays in use.
+    Halving the gradients of q and k halves that of their product q·kᵀ, so the fused kernel stays in
+    use; the softmax's plain gradient is AttnLRP's Taylor rule.
     """
     return uniform(attention(uniform(q), uniform(k), v))
 
 
-def operations(signal, eps=1e-6):
-    """A block's five operations: with AttnLRP's derivatives for relevance, the ordinary ones for gradients.
+def attn_lrp(eps=1e-6):
+    """A block's five operations with AttnLRP's derivatives.
 
-    Sums (residuals, biases) need no rule: g is shared as it is.
+    Sums (residuals, biases) need no rule: g is shared as it is. Released code differs: its ε is
+    1e-8 and has no sign.
     """
-    return PLAIN if not signal.startswith("lrp") else SimpleNamespace(
-        linear=lambda layer, x: epsilon_linear(layer, x, eps), norm=identity_norm, silu=identity_silu,
-        mul=uniform_mul, attention=uniform_attention)
+    return SimpleNamespace(
+        linear=lambda layer, x: epsilon_linear(layer, x, eps),
+        norm=identity_norm,
+        silu=identity_silu,
+        mul=uniform_mul,
+        attention=uniform_attention,
+    )
 
 
-# ---------------------------------------------------------------------------------------------- signals
-SIGNALS = {     # influence of one window on weight W, from g = ∂(target)/∂W; the absolute value is per window
-    "lrp": lambda W, g: (W * g).abs(),          # |R| for the last token's top logit: with the rules above, R = W ⊙ g
-    "lrp-all": lambda W, g: (W * g).abs(),      # the same for the top logit of every token
-    "wxg": lambda W, g: (W * g).abs(),          # Eq. 9: |w · ∂L/∂w|, first-order Taylor term
-    "fisher": lambda W, g: g * g,               # (∂L/∂w)², diagonal empirical Fisher (A.1)
-    "grad": lambda W, g: g.abs(),
+# -------------------------------------------------------------------------------- signals
+class Signal(NamedTuple):
+    """What fills the influence matrix I of Eq. 4."""
+
+    target: str | None          # what is differentiated: "last" (the last token's top logit),
+                                # "every" (every token's), "loss"; None: no backward sweep is needed
+    ops: SimpleNamespace | None         # a block's operations on the way back
+    influence: Callable         # of W and g = ∂target/∂W of one window, the absolute value per
+                                # window; without a target of W and ΣXXᵀ
+
+
+SIGNALS = {
+    # Section 3.1: |R| of the weight; with the rules above R = W ⊙ g.
+    "lrp": Signal("last", attn_lrp(), lambda W, g: (W * g).abs()),
+    # Not in the paper: started at every token.
+    "lrp-all": Signal("every", attn_lrp(), lambda W, g: (W * g).abs()),
+    # Eq. 9: |w · ∂L/∂w|, the first-order Taylor term.
+    "wxg": Signal("loss", PLAIN, lambda W, g: (W * g).abs()),
+    # A.1: (∂L/∂w)², the diagonal empirical Fisher information.
+    "fisher": Signal("loss", PLAIN, lambda W, g: g * g),
+    "grad": Signal("loss", PLAIN, lambda W, g: g.abs()),
+    # Table 7's uninformative baselines.
+    "ones": Signal(None, None, lambda W, gram: torch.ones_like(W)),
+    "magnitude": Signal(None, None, lambda W, gram: W.abs()),
 }
+BACKWARD = tuple(name for name, signal in SIGNALS.items() if signal.target)
 
 
 def check_signal(signal, dtype):
@@ -93,85 +128,118 @@ def check_signal(signal, dtype):
         raise InputError("the lrp signal overflows in float16; use --dtype bfloat16 or float32")
 
 
-def output_gradient(x, ids, norm, lm_head, cfg, signal, ops):
-    """∂(target)/∂x of the last block's output x (1, T, dim).
-
-    Target of lrp: the last token's largest logit; of lrp-all: the sum of every token's (R = f(x) there means g = 1); of the
-    other signals: the window's mean cross-entropy.
-    """
+# -------------------------------------------------------------------------------- the sweep
+def output_gradient(x, ids, head, cfg, signal):
+    """∂target/∂x (1, T, dim) of a window's last hidden states x; ids (1, T), head as to_logits'."""
+    target, ops, _ = SIGNALS[signal]
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        if signal.startswith("lrp"):
-            objective = wide(to_logits(x[:, -1:] if signal == "lrp" else x, norm, lm_head, cfg, ops)).amax(-1).sum()
+        if target == "loss":
+            # The window's mean cross-entropy.
+            logits = wide(to_logits(x, head, cfg, ops))
+            objective = F.cross_entropy(logits[0, :-1], ids[0, 1:])
         else:
-            objective = F.cross_entropy(wide(to_logits(x, norm, lm_head, cfg, ops))[0, :-1], ids[0, 1:])
+            # The largest logit, of one token or of each; R = f(x) there means g = 1.
+            tokens = x[:, -1:] if target == "last" else x
+            objective = wide(to_logits(tokens, head, cfg, ops)).amax(-1).sum()
     return torch.autograd.grad(objective, x)[0]
 
 
-def start_gradient(ckpt, windows, h, device, signal="lrp", eps=1e-6):
-    """Replace the last block's output h (N, T, dim), in place, by the gradient of every window's target with respect to it.
+def start_gradient(ckpt, windows, h, device, signal="lrp"):
+    """Replace the last block's output h (N, T, dim), in place, by ∂target/∂h, window by window.
 
     Raises InputError for lrp in fp16, which overflows.
     """
     check_signal(signal, h.dtype)
-    ops, (norm, lm_head) = operations(signal, eps), ckpt.head(device, h.dtype)
+    head = ckpt.head(device, h.dtype)
     for d in range(len(windows)):
         ids = windows[d:d + 1].to(device)
-        h[d:d + 1] = output_gradient(h[d:d + 1].to(device), ids, norm, lm_head, ckpt.cfg, signal, ops)
+        h[d:d + 1] = output_gradient(h[d:d + 1].to(device), ids, head, ckpt.cfg, signal)
     return h
 
 
-def backward_sweep(ckpt, inputs, g, device, signal="lrp", eps=1e-6, gram=False, top=None, tokens=None):
-    """Propagate from block `top` (default: the last) back to block 0, each block's forward recomputed from its kept input.
+def through_block(block, x, g, angles, ops):
+    """One window backward through a block: x (1, T, dim) its input, g the gradient at its output.
 
-    inputs: the dict forward_sweep kept, emptied as the sweep proceeds; g (N, T, dim): gradient at the output of `top`,
-    replaced in place by the one at each block's input; both in host memory. Yields (l, stats), stats[f"{name}.{signal}"]
-    being I (m, n) = Σ_windows |Ĩ| (Section 3.1), fp32 (fp64 for an fp64 model), unnormalised; with `gram` also what
-    calibrate.add_inputs collects from the same recomputed forward, for `tokens` tokens in all (default: these).
+    Returns the gradient at its input and {layer: gradient of W (m, n)}.
     """
-    ops, angles = operations(signal, eps), rope(ckpt.cfg, g.shape[1], device)
-    for l in reversed(range(ckpt.cfg.n_layers if top is None else top + 1)):
-        block, x, stats, seen = ckpt.block(l, device, g.dtype), inputs.pop(l), {}, {}
-        weights = {f"{name}.{signal}": block.get_submodule(name).weight.requires_grad_() for name in LAYERS}
-        for d in range(len(g)):
-            h = x[d:d + 1].to(device).requires_grad_()
-            with torch.enable_grad():
-                out = block(h, angles, recording(ops, seen) if gram else ops)
-            g_in, *grads = torch.autograd.grad(out, (h, *weights.values()), g[d:d + 1].to(device))
-            g[d:d + 1] = g_in
-            for (key, W), grad in zip(weights.items(), grads):
-                value = SIGNALS[signal](W.detach(), wide(grad))                     # |Ĩ| of this window   (m, n)
-                stats[key] = stats[key].add_(value) if key in stats else value
-            del grads, grad, value, out                 # a block's gradients are as large as its influence
-            if gram:
-                with torch.no_grad():
-                    add_inputs(stats, block, seen, tokens or g.shape[0] * g.shape[1])
-        del block, weights, W, seen, x, h
-        yield l, stats
+    x = x.requires_grad_()
+    weights = [block.get_submodule(name).weight.requires_grad_() for name in LAYERS]
+    with torch.enable_grad():
+        out = block(x, angles, ops)
+    g_in, *grads = torch.autograd.grad(out, (x, *weights), g)
+    return g_in, dict(zip(LAYERS, grads))
 
 
+def add_influence(stats, block, grads, signal):
+    """Add one window's |Ĩ| to I = Σ_windows |Ĩ| (Section 3.1) of each layer, in fp32 at least."""
+    for name, grad in grads.items():
+        W = block.get_submodule(name).weight.detach()
+        value = SIGNALS[signal].influence(W, wide(grad))            # |Ĩ| of this window   (m, n)
+        key = f"{name}.{signal}"
+        stats[key] = stats[key].add_(value) if key in stats else value
+
+
+def block_backward(block, x, g, angles, signal, gram):
+    """All windows backward through a block: x (N, T, dim) its input, g the gradient at its output.
+
+    Replaces g in place by the gradient at the input; returns the block's statistics.
+    """
+    plain, device, stats = SIGNALS[signal].ops, angles[0].device, {}
+    for d in range(len(g)):
+        seen = {}
+        ops = recording(plain, seen) if gram else plain
+        # The block's forward is computed again, since only its input was kept.
+        window, g_out = x[d:d + 1].to(device), g[d:d + 1].to(device)
+        g[d:d + 1], grads = through_block(block, window, g_out, angles, ops)
+        add_influence(stats, block, grads, signal)
+        # A block's gradients are as large as its influence: they go before ΣXXᵀ is taken.
+        del grads
+        if gram:
+            with torch.no_grad():
+                add_inputs(stats, block, seen, g.shape[0] * g.shape[1])
+    return stats
+
+
+def backward_sweep(ckpt, inputs, g, device, signal="lrp", gram=False):
+    """Propagate from the last kept block back to the first, each recomputed from its kept input.
+
+    inputs {l: (N, T, dim)}: what forward_sweep kept, emptied as the sweep proceeds; g (N, T, dim):
+    the gradient at the last one's output, replaced in place by the one at each block's input; both
+    in host memory. Yields (l, stats): stats[f"{name}.{signal}"] is I (m, n), not normalised; with
+    `gram` also what calibrate.add_inputs collects, from the same recomputed forward.
+    """
+    angles = rope(ckpt.cfg, g.shape[1], device)
+    for l in sorted(inputs, reverse=True):
+        # No name here holds the block or its statistics: they go when their turn is over.
+        yield l, block_backward(ckpt.block(l, device, g.dtype), inputs.pop(l), g, angles, signal, gram)
+
+
+# -------------------------------------------------------------------------------- the command
 def main():
     p = parser(__doc__)
     add_calibration_arguments(p)
-    p.add_argument("--signal", choices=tuple(SIGNALS), default="lrp")
+    p.add_argument("--signal", choices=BACKWARD, default="lrp", help="(default lrp)")
     args = p.parse_args()
     ckpt = Checkpoint(args.ckpt)
     device, dtype, _ = pick_device(args.device, args.dtype)
     check_signal(args.signal, dtype)
     if ckpt.cfg.ranks:
         raise InputError(f"{args.ckpt} is compressed; influence is measured on the dense checkpoint")
-    text, samples, seqlen = choose(ckpt, args.calib, args.samples, args.seqlen)
+    text, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
     windows = calibration_windows(text, ckpt, samples, seqlen, args.seed)
     inputs = {}
     for _ in forward_sweep(ckpt, embed(ckpt, windows, dtype), device, keep=inputs):
         pass
     g = start_gradient(ckpt, windows, inputs.pop(ckpt.cfg.n_layers), device, args.signal)
-    print(f"{args.signal}, {samples} windows of {seqlen} tokens of {text}: the share of influence in the top 1 % of weights")
+    print(f"{args.signal}, {samples} windows of {seqlen} tokens of {text}: "
+          "the share of influence in the top 1 % of weights")
     for l, stats in backward_sweep(ckpt, inputs, g, device, args.signal):
         shares = []
         for name in LAYERS:
             I = stats[f"{name}.{args.signal}"].flatten()
-            shares.append(f"{name.split('.')[1]} {I.topk(max(1, I.numel() // 100)).values.sum() / I.sum():.0%}")
+            top = I.topk(max(1, I.numel() // 100)).values
+            shares.append(f"{name.split('.')[1]} {top.sum() / I.sum():.0%}")
         print(f"block {l:>3}  " + "   ".join(shares), flush=True)
 
 

@@ -1,38 +1,81 @@
-"""A LLaMA-family transformer by hand: the network, its low-rank layers, and checkpoints on disk.
+"""A LLaMA-family transformer by hand: its configuration, the network, and its low-rank layers.
 
-Covers LLaMA 1/2/3/3.1, Vicuna, TinyLlama, Mistral and Qwen2.5. Layers carry the names of the Hugging Face checkpoints
-and RoPE is the half-split one, so a checkpoint loads without renaming or permuting anything.
+Covers LLaMA 1/2/3/3.1, Vicuna, TinyLlama, Mistral and Qwen2.5. Layers carry the names of the
+Hugging Face checkpoints and RoPE is the half-split one, so a checkpoint loads without renaming or
+permuting anything (support/checkpoint.py reads it).
 
 Shapes: B windows, T tokens, H heads, G kv heads, D head size, m out, n in, k rank.
 """
 import math
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------------------------------------- the network
+
+# -------------------------------------------------------------------------------- configuration
+@dataclass
+class Config:
+    """The shape of a model; support/checkpoint.py checks a config.json and makes one of it."""
+
+    vocab: int                  # token ids
+    dim: int                    # width of the residual stream
+    hidden: int                 # width of the MLP
+    n_layers: int               # decoder blocks L
+    n_heads: int                # query heads H
+    n_kv_heads: int             # key/value heads G, a divisor of H
+    head_dim: int               # D, usually dim / H
+    context: int                # the longest window in tokens
+    norm_eps: float             # ε of RMSNorm
+    rope_theta: float           # RoPE's base
+    rope_scaling: dict = field(default_factory=lambda: {"rope_type": "default"})
+    tied: bool = False          # lm_head shares the embedding's weight
+    biases: frozenset = frozenset()             # those of LAYERS that carry a bias
+    ranks: dict = field(default_factory=dict)   # {layer: k} of the layers that are low-rank
+
+
+# The seven layers of a block that are decomposed; layer `name` of block l is model.layers.{l}.{name}.
+LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+# The layer whose input each reads: q, k and v share one, so do gate and up, and one ΣXXᵀ serves them.
+READS = {name: name for name in LAYERS} | {
+    "self_attn.k_proj": "self_attn.q_proj",
+    "self_attn.v_proj": "self_attn.q_proj",
+    "mlp.up_proj": "mlp.gate_proj",
+}
+INPUTS = tuple(dict.fromkeys(READS.values()))       # the four distinct inputs of a block
+
+
+# -------------------------------------------------------------------------------- operations
 def rope(cfg, T, device="cpu"):
     """Rotary angles of positions 0 .. T-1 as (cos, sin), each (T, D) fp32.
 
-    Source: RoFormer, half-split layout; LLaMA 3.1 rescales the low frequencies ('llama3'), 'linear' all of them.
+    Source: RoFormer, half-split layout. "linear" scaling slows all rotations down; LLaMA 3.1's
+    "llama3" those that turn seldom within the old context.
     """
-    s = cfg.rope_scaling
-    freq = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, device=device).float() / cfg.head_dim)  # (D/2,)
-    if s["rope_type"] == "linear":
-        freq = freq / s["factor"]
-    elif s["rope_type"] == "llama3":
-        turns = freq * s["original_max_position_embeddings"] / (2 * math.pi)     # rotations within the old context
-        keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
-        freq = freq * torch.lerp(torch.full_like(freq, 1 / s["factor"]), torch.ones_like(freq), keep.clamp(0, 1))
-    angle = torch.outer(torch.arange(T, device=device).float(), freq).repeat(1, 2)
+    scaling = cfg.rope_scaling
+    exponent = torch.arange(0, cfg.head_dim, 2, device=device).float() / cfg.head_dim
+    freq = cfg.rope_theta ** -exponent                                      # (D/2,)
+    if scaling["rope_type"] == "linear":
+        freq = freq / scaling["factor"]
+    elif scaling["rope_type"] == "llama3":
+        turns = freq * scaling["original_max_position_embeddings"] / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        # From `high` turns on a frequency stays as it is, below `low` it is divided by `factor`.
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        slowed = torch.full_like(freq, 1 / scaling["factor"])
+        freq = freq * torch.lerp(slowed, torch.ones_like(freq), keep)
+    position = torch.arange(T, device=device).float()
+    angle = torch.outer(position, freq).repeat(1, 2)                        # (T, D)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, angles):
     """Apply RoPE to x (B, heads, T, D)."""
-    cos, sin = (a.to(x.dtype) for a in angles)
+    cos, sin = (table.to(x.dtype) for table in angles)
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
@@ -49,64 +92,89 @@ def rms_norm(x, weight, eps):
 
 
 def attention(q, k, v):
-    """Causal softmax(q kᵀ/√D) v through the fused kernel. q (B, H, T, D); k, v (B, G, T, D); head h reads kv head h·G/H."""
+    """Causal softmax(q kᵀ/√D) v through the fused kernel.
+
+    q (B, H, T, D); k, v (B, G, T, D): H/G query heads in a row share a key/value head.
+    """
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        k = k.repeat_interleave(groups, dim=1)
+        v = v.repeat_interleave(groups, dim=1)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-# The five operations a block is made of. influence.py passes another set to propagate relevance through the same block.
-PLAIN = SimpleNamespace(linear=lambda layer, x: layer(x), norm=rms_norm, silu=F.silu, mul=torch.mul, attention=attention)
+# The five operations a block is made of. influence.py passes another set to propagate relevance
+# through the same block.
+PLAIN = SimpleNamespace(
+    linear=lambda layer, x: layer(x),
+    norm=rms_norm,
+    silu=F.silu,
+    mul=torch.mul,
+    attention=attention,
+)
 
 
+# -------------------------------------------------------------------------------- the network
 class LowRank(nn.Module):
     """y = U(Vx) + b: a weight (m, n) of rank k as two factors, V (k, n) and U (m, k)."""
 
     def __init__(self, n, m, k, bias=False):
         super().__init__()
-        self.V, self.U = nn.Linear(n, k, bias=False), nn.Linear(k, m, bias=bias)
+        self.V = nn.Linear(n, k, bias=False)
+        self.U = nn.Linear(k, m, bias=bias)
 
     def forward(self, x):
         return self.U(self.V(x))
 
 
-LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-# Layers that read the same input, so that one Gram matrix serves them; it carries the first one's name.
-READS = {name: name for name in LAYERS} | {"self_attn.k_proj": "self_attn.q_proj",
-                                           "self_attn.v_proj": "self_attn.q_proj", "mlp.up_proj": "mlp.gate_proj"}
+def projection(cfg, l, name, n, m):
+    """Layer `name` of block l, n inputs to m outputs: low-rank where cfg.ranks has a rank for it."""
+    k = cfg.ranks.get(f"model.layers.{l}.{name}")
+    bias = name in cfg.biases
+    return LowRank(n, m, k, bias) if k else nn.Linear(n, m, bias=bias)
 
 
 class Block(nn.Module):
-    """One decoder block: x + Attn(norm x), then x + MLP(norm x). Layer `name` of block l is model.layers.{l}.{name}."""
+    """Decoder block l: x + Attn(norm x), then x + MLP(norm x)."""
 
     def __init__(self, cfg, l):
         super().__init__()
         self.cfg = cfg
         q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
-        shapes = ((cfg.dim, q), (cfg.dim, kv), (cfg.dim, kv), (q, cfg.dim),
-                  (cfg.dim, cfg.hidden), (cfg.dim, cfg.hidden), (cfg.hidden, cfg.dim))
-        self.input_layernorm, self.self_attn = nn.RMSNorm(cfg.dim), nn.Module()           # holds a weight; rms_norm computes
-        self.post_attention_layernorm, self.mlp = nn.RMSNorm(cfg.dim), nn.Module()
-        for name, (n, m) in zip(LAYERS, shapes):
-            part, leaf = name.split(".")
-            bias = part == "mlp" and "mlp" in cfg.bias or part == "self_attn" and leaf[0] in cfg.bias
-            k = cfg.ranks.get(f"model.layers.{l}.{name}")
-            self.get_submodule(part).add_module(leaf, LowRank(n, m, k, bias) if k else nn.Linear(n, m, bias=bias))
+        self.input_layernorm = nn.RMSNorm(cfg.dim)              # holds a weight; rms_norm computes
+        self.self_attn = att = nn.Module()
+        att.q_proj = projection(cfg, l, "self_attn.q_proj", cfg.dim, q)
+        att.k_proj = projection(cfg, l, "self_attn.k_proj", cfg.dim, kv)
+        att.v_proj = projection(cfg, l, "self_attn.v_proj", cfg.dim, kv)
+        att.o_proj = projection(cfg, l, "self_attn.o_proj", q, cfg.dim)
+        self.post_attention_layernorm = nn.RMSNorm(cfg.dim)
+        self.mlp = mlp = nn.Module()
+        mlp.gate_proj = projection(cfg, l, "mlp.gate_proj", cfg.dim, cfg.hidden)
+        mlp.up_proj = projection(cfg, l, "mlp.up_proj", cfg.dim, cfg.hidden)
+        mlp.down_proj = projection(cfg, l, "mlp.down_proj", cfg.hidden, cfg.dim)
 
-    def forward(self, x, angles, ops=PLAIN):                                    # x (B, T, dim)
-        cfg, att, mlp = self.cfg, self.self_attn, self.mlp
-        (B, T, _), split = x.shape, lambda t: t.unflatten(-1, (-1, cfg.head_dim)).transpose(1, 2)
-        h = ops.norm(x, self.input_layernorm.weight, cfg.norm_eps)
-        q = rotate(split(ops.linear(att.q_proj, h)), angles)                    # (B, H, T, D)
-        k = rotate(split(ops.linear(att.k_proj, h)), angles)                    # (B, G, T, D)
-        v = split(ops.linear(att.v_proj, h))                                    # (B, G, T, D)
-        mixed = ops.attention(q, k, v).transpose(1, 2).reshape(B, T, -1)        # (B, T, H·D)
-        x = x + ops.linear(att.o_proj, mixed)
-        h = ops.norm(x, self.post_attention_layernorm.weight, cfg.norm_eps)
-        gate = ops.silu(ops.linear(mlp.gate_proj, h))                           # (B, T, hidden)
-        return x + ops.linear(mlp.down_proj, ops.mul(gate, ops.linear(mlp.up_proj, h)))
+    def forward(self, x, angles, ops=PLAIN):
+        """x (B, T, dim) -> (B, T, dim)."""
+        x = x + self.attend(ops.norm(x, self.input_layernorm.weight, self.cfg.norm_eps), angles, ops)
+        h = ops.norm(x, self.post_attention_layernorm.weight, self.cfg.norm_eps)
+        # SwiGLU: silu(gate) × up, then back to the width of the stream.
+        gate = ops.silu(ops.linear(self.mlp.gate_proj, h))              # (B, T, hidden)
+        up = ops.linear(self.mlp.up_proj, h)                            # (B, T, hidden)
+        return x + ops.linear(self.mlp.down_proj, ops.mul(gate, up))
+
+    def attend(self, h, angles, ops):
+        """Attention over the normed stream h (B, T, dim) -> (B, T, dim)."""
+        att = self.self_attn
+        q = rotate(self.heads(ops.linear(att.q_proj, h)), angles)       # (B, H, T, D)
+        k = rotate(self.heads(ops.linear(att.k_proj, h)), angles)       # (B, G, T, D)
+        v = self.heads(ops.linear(att.v_proj, h))                       # (B, G, T, D)
+        mixed = ops.attention(q, k, v)                                  # (B, H, T, D)
+        mixed = mixed.transpose(1, 2).flatten(2)                        # (B, T, H·D)
+        return ops.linear(att.o_proj, mixed)
+
+    def heads(self, x):
+        """(B, T, heads·D) -> (B, heads, T, D)."""
+        return x.unflatten(-1, (-1, self.cfg.head_dim)).transpose(1, 2)
 
 
 class Llama(nn.Module):
@@ -114,8 +182,11 @@ class Llama(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.model = cfg, nn.Module()
-        self.model.embed_tokens = nn.Embedding(cfg.vocab, cfg.dim)
+        self.cfg = cfg
+        self.model = nn.Module()
+        # nn.Embedding would draw normal numbers, which takes seconds where there are only shapes.
+        table = torch.rand(cfg.vocab, cfg.dim) - 0.5
+        self.model.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.model.layers = nn.ModuleList(Block(cfg, l) for l in range(cfg.n_layers))
         self.model.norm = nn.RMSNorm(cfg.dim)
         self.lm_head = nn.Linear(cfg.dim, cfg.vocab, bias=False)
@@ -123,13 +194,14 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, ids, ops=PLAIN):
-        x = F.embedding(ids, self.model.embed_tokens.weight)                    # (B, T, dim)
+        x = F.embedding(ids, self.model.embed_tokens.weight)            # (B, T, dim)
         angles = rope(self.cfg, ids.shape[1], ids.device)
         for block in self.model.layers:
             x = block(x, angles, ops)
-        return to_logits(x, self.model.norm.weight, self.lm_head, self.cfg, ops)
+        return to_logits(x, (self.model.norm.weight, self.lm_head), self.cfg, ops)
 
 
-def to_logits(x, norm, lm_head, cfg, ops=PLAIN):
-    """The last block's output (B, T, dim) -> logits (B, T, vocab)."""
+def to_logits(x, head, cfg, ops=PLAIN):
+    """The last block's output (B, T, dim) -> logits (B, T, vocab); head: (norm's weight, lm_head)."""
+    norm, lm_head = head
     return ops.linear(lm_head, ops.norm(x, norm, cfg.norm_eps))

@@ -1,173 +1,302 @@
-"""Checkpoints on disk: config.json checked, tensors read from memory-mapped files, result folders written whole."""
+"""Checkpoints on disk: config.json checked, tensors read from memory-mapped files, results written."""
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from model import Block, Llama
-from support.script import InputError, check_space, read_json, sha256
+from model import LAYERS, Block, Config, Llama
+from support.script import InputError, check_space, read_json, sha256, write_whole
 
+# -------------------------------------------------------------------------------- config.json
 ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+ROPE_KEYS = {       # rope_type: what it needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+REAL = (int, float)
 
 
-def parse_config(raw):
-    """config.json (a dict; Hugging Face's keys, from LLaMA 1's to `rope_parameters`) -> the shape of the model; `bias` says which
-    of q, k, v, o, mlp carry one, `ranks` {layer: k} which layers are low-rank.
+def positive(raw, *keys, kind=int):
+    """The value of the first of `keys` that config.json has; InputError unless it is above 0."""
+    value = next((raw[key] for key in keys if raw.get(key) is not None), None)
+    if not isinstance(value, kind) or value <= 0:
+        raise InputError(f"config.json has no '{keys[0]}' above 0 (found {value!r}); "
+                         "use the one that came with the weights")
+    return value
 
-    Raises InputError for a missing key or anything this model does not compute.
-    """
-    def need(*keys, kind=int):
-        value = next((raw[key] for key in keys if raw.get(key) is not None), None)
-        if not isinstance(value, kind) or value <= 0:
-            raise InputError(f"config.json has no '{keys[0]}' above 0 (found {value!r}); use the one that came with the weights")
-        return value
 
-    real, arch = (int, float), (raw.get("architectures") or ["nothing"])[0]
-    if arch not in ARCHITECTURES:
-        raise InputError(f"config.json names the architecture {arch}; supported are {', '.join(ARCHITECTURES)}")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise InputError(f"config.json has hidden_act '{raw['hidden_act']}'; only 'silu' (SwiGLU) is supported")
-    if raw.get("quantization_config"):
-        raise InputError("the checkpoint is quantized (quantization_config); point at its fp32, fp16 or bf16 original")
+def architecture(raw):
+    return (raw.get("architectures") or ["nothing"])[0]
+
+
+def rope_scaling(raw):
+    """config.json's RoPE scaling under one form, {"rope_type": …}; raises InputError."""
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise InputError(f"config.json has rope_scaling {scaling!r}; expected an object")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    wanted = {"default": (), "linear": ("factor",),
-              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if kind not in wanted:
-        raise InputError(f"config.json has rope_scaling '{kind}'; supported are {', '.join(wanted)}")
-    if missing := [key for key in wanted[kind] if not isinstance(scaling.get(key), real) or scaling[key] <= 0]:
+    if kind not in ROPE_KEYS:
+        raise InputError(f"config.json has rope_scaling '{kind}'; "
+                         f"supported are {', '.join(ROPE_KEYS)}")
+    missing = [key for key in ROPE_KEYS[kind]
+               if not isinstance(scaling.get(key), REAL) or scaling[key] <= 0]
+    if missing:
         raise InputError(f"rope_scaling '{kind}' in config.json lacks {', '.join(missing)} above 0")
+    return scaling | {"rope_type": kind}
 
-    # LLaMA 1 and 2 were published before rope_theta and num_key_value_heads existed: the format defines their absence.
-    theta = scaling.get("rope_theta") or raw.get("rope_theta") or (
-        10000.0 if "LLAMA" in arch.upper() else need("rope_theta", kind=real))
-    heads, dim = need("num_attention_heads"), need("hidden_size")
-    context, kv_heads = need("max_position_embeddings", "max_sequence_length"), need("num_key_value_heads", "num_attention_heads")
+
+def check_config(raw):
+    """Raise InputError for a config.json of a model that model.py does not compute."""
+    if architecture(raw) not in ARCHITECTURES:
+        raise InputError(f"config.json names the architecture {architecture(raw)}; "
+                         f"supported are {', '.join(ARCHITECTURES)}")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise InputError(f"config.json has hidden_act '{raw['hidden_act']}'; "
+                         "only 'silu' (SwiGLU) is supported")
+    if raw.get("quantization_config"):
+        raise InputError("the checkpoint is quantized (quantization_config); "
+                         "point at its fp32, fp16 or bf16 original")
+    heads = positive(raw, "num_attention_heads")
+    kv_heads = positive(raw, "num_key_value_heads", "num_attention_heads")
     if heads % kv_heads:
-        raise InputError(f"config.json has {heads} heads on {kv_heads} key/value heads; expected a multiple")
-    # Not in the paper: a sliding window. Up to its width it equals full attention, so it bounds the context instead.
-    if raw.get("sliding_window") and raw.get("use_sliding_window", arch.startswith("Mistral")):
-        context = min(context, need("sliding_window"))
-    bias = "qkv" if arch.startswith("Qwen2") else "qkvo" if raw.get("attention_bias") else ""
-    return SimpleNamespace(
-        vocab=need("vocab_size"), dim=dim, hidden=need("intermediate_size"), n_layers=need("num_hidden_layers"), n_heads=heads,
-        n_kv_heads=kv_heads, head_dim=need("head_dim") if raw.get("head_dim") else dim // heads, context=context,
-        norm_eps=need("rms_norm_eps", kind=real), rope_theta=float(theta), rope_scaling=dict(scaling, rope_type=kind),
+        raise InputError(f"config.json has {heads} heads on {kv_heads} key/value heads; "
+                         "expected a multiple")
+
+
+def biased(raw):
+    """The layers that carry a bias."""
+    if architecture(raw).startswith("Qwen2"):
+        names = LAYERS[:3]                                              # q, k and v
+    elif raw.get("attention_bias"):
+        names = LAYERS[:4]                                              # and o
+    else:
+        names = ()
+    if raw.get("mlp_bias"):
+        names += LAYERS[4:]
+    return frozenset(names)
+
+
+def longest_window(raw):
+    """The context in tokens.
+
+    Not in the paper: a sliding window is not computed. Up to its width it equals full attention,
+    so it bounds the context instead.
+    """
+    context = positive(raw, "max_position_embeddings", "max_sequence_length")
+    slides = raw.get("use_sliding_window", architecture(raw).startswith("Mistral"))
+    if raw.get("sliding_window") and slides:
+        context = min(context, positive(raw, "sliding_window"))
+    return context
+
+
+def parse_config(raw):
+    """config.json (a dict; Hugging Face's keys, from LLaMA 1's to `rope_parameters`) -> Config.
+
+    Raises InputError for a missing key or anything that model.py does not compute.
+    """
+    check_config(raw)
+    scaling = rope_scaling(raw)
+    # LLaMA 1 and 2 are older than rope_theta and num_key_value_heads: the format defines their absence.
+    theta = scaling.get("rope_theta") or raw.get("rope_theta")
+    if not theta:
+        llama = "LLAMA" in architecture(raw).upper()
+        theta = 10000.0 if llama else positive(raw, "rope_theta", kind=REAL)
+    heads, dim = positive(raw, "num_attention_heads"), positive(raw, "hidden_size")
+    return Config(
+        vocab=positive(raw, "vocab_size"),
+        dim=dim,
+        hidden=positive(raw, "intermediate_size"),
+        n_layers=positive(raw, "num_hidden_layers"),
+        n_heads=heads,
+        n_kv_heads=positive(raw, "num_key_value_heads", "num_attention_heads"),
+        head_dim=positive(raw, "head_dim") if raw.get("head_dim") else dim // heads,
+        context=longest_window(raw),
+        norm_eps=positive(raw, "rms_norm_eps", kind=REAL),
+        rope_theta=float(theta),
+        rope_scaling=scaling,
         tied=raw.get("tie_word_embeddings", False),
-        bias=(*bias, *(["mlp"] if raw.get("mlp_bias") else [])), ranks=(raw.get("air") or {}).get("ranks", {}))
+        biases=biased(raw),
+        ranks=(raw.get("air") or {}).get("ranks", {}),
+    )
+
+
+# -------------------------------------------------------------------------------- in
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What is copied along with a result.
+BESIDE = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+class Stored(NamedTuple):
+    """A tensor in a file; in a result not yet written, in memory."""
+
+    shape: tuple
+    dtype: torch.dtype          # or the name of one that is not supported
+    read: Callable              # () -> the tensor
+
+
+def open_safetensors(path):
+    f = safe_open(path, framework="pt")
+    found = {}
+    for name in f.keys():
+        entry = f.get_slice(name)
+        dtype = DTYPES.get(entry.get_dtype(), entry.get_dtype())
+        found[name] = Stored(tuple(entry.get_shape()), dtype, lambda name=name: f.get_tensor(name))
+    return found
+
+
+def in_memory(tensors):
+    """{name: tensor} -> {name: Stored}."""
+    return {name: Stored(tuple(w.shape), w.dtype, lambda w=w: w) for name, w in tensors.items()}
 
 
 def open_tensors(path):
-    """A .safetensors or .bin file, memory-mapped: {name: (shape, dtype, function that reads the tensor)}."""
+    """{name: Stored} of a .safetensors or .bin file, memory-mapped. Raises InputError."""
     try:
         if path.suffix == ".safetensors":
-            f = safe_open(path, framework="pt")
-            slices = {name: f.get_slice(name) for name in f.keys()}
-            return {name: (tuple(s.get_shape()), DTYPES.get(s.get_dtype(), s.get_dtype()), lambda name=name: f.get_tensor(name))
-                    for name, s in slices.items()}
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return {name: (tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
-    except Exception as e:      # truncated, corrupt, a pickle that wants to run code: each library raises its own kinds
-        raise InputError(f"{path} cannot be read as a checkpoint ({str(e).strip().split(chr(10))[0][:200]}); expected a whole "
+            return open_safetensors(path)
+        return in_memory(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+    except Exception as e:      # truncated, corrupt, code in a pickle: each library has its own errors
+        reason = str(e).strip().split("\n")[0][:200]
+        raise InputError(f"{path} cannot be read as a checkpoint ({reason}); expected a whole "
                          f"{path.suffix} file: check its size or copy it again") from None
+
+
+def shards(folder):
+    """The files that hold a folder's weights. Raises InputError where there are none."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / (name + ".index.json")
+        if index.is_file():
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            missing = [file for file in names if not (folder / file).is_file()]
+            if missing:
+                raise InputError(f"{index.name} names {missing[0]}, which is not in {folder}; "
+                                 "fetch the missing shard")
+            return [folder / file for file in names]
+    raise InputError(f"{folder} has no weights; expected model.safetensors or pytorch_model.bin, "
+                     "or shards and an index")
 
 
 class Checkpoint:
     """A dense or compressed checkpoint on disk, read tensor by tensor from memory-mapped files.
 
-    `path` is a .safetensors (or .bin) file with config.json beside it, or a folder with one or many shards. Only headers
-    are read here; names and shapes are held against config.json. Raises InputError for whatever does not fit.
+    `path` is a .safetensors (or .bin) file with config.json beside it, or a folder with one or many
+    shards. Only headers are read here; names and shapes are held against config.json.
+    Raises InputError for whatever does not fit.
     """
 
     def __init__(self, path):
         path = Path(path)
         if not path.exists():
-            raise InputError(f"{path} does not exist; expected a .safetensors file or a folder with one")
+            raise InputError(f"{path} does not exist; "
+                             "expected a .safetensors file or a folder with one")
         if path.is_file() and path.suffix not in (".safetensors", ".bin"):
-            raise InputError(f"{path} is not a .safetensors or .bin file; give one of these, or the folder they are in")
+            raise InputError(f"{path} is not a .safetensors or .bin file; "
+                             "give one of these, or the folder they are in")
         self.folder = path if path.is_dir() else path.parent
-        self.name = self.folder.resolve().name if path.is_dir() or path.stem == "model" else path.stem
+        named = path.is_file() and path.stem != "model"
+        self.name = path.stem if named else self.folder.resolve().name
         if not (self.folder / "config.json").is_file():
-            raise InputError(f"{self.folder} has no config.json; expected the one that came with the weights beside them")
-        self.files = [path] if path.is_file() else self._shards()
+            raise InputError(f"{self.folder} has no config.json; "
+                             "expected the one that came with the weights beside them")
+        self.files = [path] if path.is_file() else shards(self.folder)
         self.raw = read_json(self.folder / "config.json")
         self.cfg = parse_config(self.raw)
-        self.tensors = {name: tensor for file in self.files for name, tensor in open_tensors(file).items()}
-        self._check()
-        self.dtype = self.tensors["model.embed_tokens.weight"][1]
+        self.tensors = {}                                               # {name: Stored}
+        for file in self.files:
+            self.tensors |= open_tensors(file)
+        self.names = list(self.check())
+        self.dtype = self.tensors["model.embed_tokens.weight"].dtype
 
-    def _shards(self):
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if (self.folder / name).is_file():
-                return [self.folder / name]
-            index = self.folder / (name + ".index.json")
-            if index.is_file():
-                files = [self.folder / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))]
-                if missing := [file.name for file in files if not file.is_file()]:
-                    raise InputError(f"{index.name} names {missing[0]}, which is not in {self.folder}; fetch the missing shard")
-                return files
-        raise InputError(f"{self.folder} has no weights; expected model.safetensors or pytorch_model.bin, or shards and an index")
-
-    def _check(self):
+    def check(self):
+        """Hold the files' tensors against config.json: {name: shape}, as it implies, or InputError."""
         with torch.device("meta"):
             expected = {name: tuple(w.shape) for name, w in Llama(self.cfg).state_dict().items()}
-        # LLaMA 1 and 2 checkpoints carry RoPE's frequencies as buffers, tied ones sometimes a second copy of the embedding.
+        # LLaMA 1 and 2 carry RoPE's frequencies as buffers, tied models sometimes the embedding twice.
         spare = {name for name in self.tensors if name.endswith("rotary_emb.inv_freq")}
         if self.cfg.tied:
             expected.pop("lm_head.weight")
             spare.add("lm_head.weight")
-        for kind, names in (("lacks", expected.keys() - self.tensors.keys()),
-                            ("has, beyond the model of config.json,", self.tensors.keys() - expected.keys() - spare)):
-            if names:
-                raise InputError(f"{self.files[0]} {kind} {len(names)} tensor{'s' * (len(names) > 1)}, such as {min(names)}; "
-                                 "expected exactly those config.json implies: take both from one model, shards as their folder")
+        self.check_names("lacks", expected.keys() - self.tensors.keys())
+        self.check_names("has, beyond the model of config.json,",
+                         self.tensors.keys() - expected.keys() - spare)
         for name, shape in expected.items():
-            if self.tensors[name][0] != shape:
-                raise InputError(f"{name} has shape {self.tensors[name][0]}, config.json implies {shape}; use matching files")
-            if self.tensors[name][1] not in DTYPES.values():
-                raise InputError(f"{name} is stored as {self.tensors[name][1]}; expected fp32, fp16 or bf16")
-        self.names = list(expected)
+            stored = self.tensors[name]
+            if stored.shape != shape:
+                raise InputError(f"{name} has shape {stored.shape}, config.json implies {shape}; "
+                                 "use matching files")
+            if stored.dtype not in DTYPES.values():
+                raise InputError(f"{name} is stored as {stored.dtype}; expected fp32, fp16 or bf16")
+        return expected
+
+    def check_names(self, verb, names):
+        if names:
+            plural = "s" * (len(names) > 1)
+            raise InputError(f"{self.files[0]} {verb} {len(names)} tensor{plural}, such as "
+                             f"{min(names)}; expected exactly those config.json implies: "
+                             "take both from one model, shards as their folder")
 
     def fingerprint(self):
-        """SHA-256 (hex) over config.json and the name, shape and first and last 2,048 numbers of every tensor."""
+        """SHA-256 (hex) over config.json and of every tensor its name, shape, dtype and both ends."""
         digest = hashlib.sha256(json.dumps(self.raw, sort_keys=True).encode())
         for name in self.names:
-            w = self.tensors[name][2]().flatten()
-            digest.update(f"{name}{self.tensors[name][:2]}".encode() + torch.cat((w[:2048], w[-2048:])).float().numpy().tobytes())
+            stored = self.tensors[name]
+            w = stored.read().flatten()
+            ends = torch.cat((w[:2048], w[-2048:])).float()
+            digest.update(f"{name}{stored[:2]}".encode() + ends.numpy().tobytes())
         return digest.hexdigest()
 
+    def parameters(self):
+        """How many there are, from the shapes in the files."""
+        return sum(torch.Size(self.tensors[name].shape).numel() for name in self.names)
+
     def extras(self):
-        """Tokenizer and generation settings beside the weights, to copy along."""
-        names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
-        return [self.folder / name for name in names if (self.folder / name).is_file()]
+        """Paths of tokenizer and generation settings beside the weights, to copy along."""
+        return [self.folder / name for name in BESIDE if (self.folder / name).is_file()]
+
+    def rest(self, l, without=()):
+        """{name: tensor} of block l as they are, but for the layers in `without`.
+
+        l = n_layers: what belongs to no block.
+        """
+        rest = {}
+        for name in self.names:
+            in_block = name.startswith(f"model.layers.{l}.")
+            in_none = not name.startswith("model.layers.")
+            wanted = in_block if l < self.cfg.n_layers else in_none
+            if wanted and name.rpartition(".")[0] not in without:
+                rest[name] = self.tensor(name)
+        return rest
 
     def tensor(self, name, device="cpu", dtype=None):
         """One weight. Raises InputError when it holds NaN or Inf."""
-        w = self.tensors[name][2]()
+        w = self.tensors[name].read()
         if not torch.isfinite(w).all():
-            raise InputError(f"{name} in {self.folder} holds NaN or Inf; expected finite weights: copy the checkpoint again")
+            raise InputError(f"{name} in {self.folder} holds NaN or Inf; "
+                             "expected finite weights: copy the checkpoint again")
         return w.to(device, dtype or w.dtype)
 
     def block(self, l, device="cpu", dtype=None):
         """Block l with its weights on `device`; nothing else of the model is read."""
         with torch.device("meta"):
             block = Block(self.cfg, l)
-        block.load_state_dict({name: self.tensor(f"model.layers.{l}.{name}", device, dtype) for name in block.state_dict()},
-                              assign=True)
+        at = f"model.layers.{l}."
+        weights = {name: self.tensor(at + name, device, dtype) for name in block.state_dict()}
+        block.load_state_dict(weights, assign=True)
         return block.requires_grad_(False)
 
     def head(self, device="cpu", dtype=None):
-        """(final norm's weight (dim,), lm_head as a Linear (vocab, dim))."""
+        """(final norm's weight (dim,), lm_head as a Linear (vocab, dim)): what to_logits takes."""
         lm_head = nn.Linear(self.cfg.dim, self.cfg.vocab, bias=False, device="meta")
         name = "model.embed_tokens.weight" if self.cfg.tied else "lm_head.weight"
         lm_head.weight = nn.Parameter(self.tensor(name, device, dtype), requires_grad=False)
@@ -181,129 +310,172 @@ class Checkpoint:
         if self.cfg.tied:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         model.load_state_dict(weights, assign=True)
+        if self.cfg.tied:                       # assigned one by one: two parameters of one storage
+            model.lm_head.weight = model.model.embed_tokens.weight
         return model.requires_grad_(False)
+
+
+# -------------------------------------------------------------------------------- out
 SHARD_BYTES = 5e9        # a larger checkpoint is stored as one shard a block
 
 
-class Folder:
-    """Files of tensors under `path`, and manifest.json: the `facts` they were made from, and each finished file's SHA-256.
+def part_of(l):
+    """The file of an unfinished output that holds block l; n_layers: what belongs to none."""
+    return f"model-block-{l:03}.safetensors"
 
-    A file counts only when the manifest names it, so what a killed run left behind is finished work or nothing.
-    Raises InputError when the folder was made from other facts, saying which, and when a file is not what was written.
+
+def result_bytes(ckpt, cut):
+    """What a result takes on disk, with room for its config.json and manifest.
+
+    cut {layer: (m, n, rank)} of the layers that are decomposed.
+    """
+    saved = sum(m * n - k * (m + n) for m, n, k in cut.values())
+    return (ckpt.parameters() - saved) * ckpt.dtype.itemsize + 2**22
+
+
+class TensorFolder:
+    """Files of tensors under `path`, and manifest.json: the `facts` they were made from, and each
+    finished file's SHA-256.
+
+    A file counts only when the manifest names it, so what a killed run left behind is finished work
+    or nothing. Raises InputError when the folder was made from other facts, saying which, and when
+    a file is not what was written.
     """
 
     def __init__(self, path, facts):
-        self.path, self.manifest, self.files = Path(path), Path(path) / "manifest.json", {}
+        self.path = Path(path)
+        self.manifest = self.path / "manifest.json"
         self.facts = json.loads(json.dumps(facts))
+        self.files = {}                         # {name: {"sha256": …, "note": …}}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise InputError(f"cannot make the folder {path} ({e.strerror}); name another") from None
         if self.manifest.exists():
             found = read_json(self.manifest)
-            if not found.keys() >= {"facts", "files"}:
-                raise InputError(f"{self.manifest} was not written by this program; name another folder")
-            differ = [f"{key} ({there[:16]} there, {now[:16]} now)" for key, value in self.facts.items()
-                      if (there := str(found["facts"].get(key))) != (now := str(value))]
-            if differ:
-                raise InputError(f"{path} was made with another {', '.join(differ)}; give the same arguments as then, "
-                                 "name another folder, or delete it")
+            self.check_facts(found)
             self.files = found["files"]
+
+    def check_facts(self, found):
+        if not found.keys() >= {"facts", "files"}:
+            raise InputError(f"{self.manifest} was not written by this program; name another folder")
+        differ = []
+        for key, value in self.facts.items():
+            there, now = str(found["facts"].get(key)), str(value)
+            if there != now:
+                differ.append(f"{key} ({there[:16]} there, {now[:16]} now)")
+        if differ:
+            raise InputError(f"{self.path} was made with another {', '.join(differ)}; give the same "
+                             "arguments as then, name another folder, or delete it")
 
     def save(self, name, tensors, note=None):
         """Write {key: tensor} as `name` and remember `note` (JSON) with it."""
         tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-        self._place(self.path / name, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
+        partial = self.path / (name + ".partial")
+        save_file(tensors, partial, metadata={"format": "pt"})
+        with open(partial, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(partial, self.path / name)
         self.files[name] = {"sha256": sha256(self.path / name), "note": note}
-        self._list()
+        self.write_manifest()
 
     def forget(self, names):
         """Strike the files `names` off the manifest, then delete them."""
         self.files = {name: file for name, file in self.files.items() if name not in names}
-        self._list()
+        self.write_manifest()
         for name in names:
             (self.path / name).unlink(missing_ok=True)
 
-    def _list(self):
-        content = json.dumps({"facts": self.facts, "files": self.files}, indent=1)
-        self._place(self.manifest, lambda part: part.write_text(content))
-
-    def _place(self, path, write):
-        """write(a path beside it), then move that to `path`: it is there whole or not at all."""
-        part = path.with_name(path.name + ".partial")
-        write(part)
-        with open(part, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(part, path)
+    def write_manifest(self):
+        content = {"facts": self.facts, "files": self.files}
+        write_whole(self.manifest, json.dumps(content, indent=1))
 
     def load(self, name, device="cpu"):
         """The tensors of file `name`, memory-mapped."""
         path, expected = self.path / name, self.files[name]["sha256"]
-        if (found := sha256(path)) != expected:
-            raise InputError(f"{path} is not the file that was written (SHA-256 {found}, expected {expected}); "
-                             f"delete {self.path} and run again")
+        found = sha256(path)
+        if found != expected:
+            raise InputError(f"{path} is not the file that was written (SHA-256 {found}, expected "
+                             f"{expected}); delete {self.path} and run again")
         return load_file(path, device=str(device))
 
 
 class Writer:
-    """Writes a checkpoint folder part by part, beside the target; the target appears only when it is whole.
+    """Writes a checkpoint folder part by part, beside the target, which appears when it is whole.
 
-    Use as a context manager. Leaving it through an exception, Ctrl-C included, removes what was written, unless `keep`:
-    then a later run with the same `facts` goes on from the finished parts, named in `done` with their notes. An existing
-    target is refused unless `overwrite`, and replaced only when it is itself a compressed checkpoint.
-    Raises InputError before any work for a target that cannot be written or a disk with less than `need` bytes free.
+    Use as a context manager. Leaving it through an exception, Ctrl-C included, removes what was
+    written, unless `keep`: then a later run with the same `facts` goes on from the finished parts,
+    named in `done` with their notes. An existing target is refused unless `overwrite`, and replaced
+    only when it is itself a compressed checkpoint. Raises InputError before any work for a target
+    that cannot be written or a disk with less than `need` bytes free.
     """
 
     def __init__(self, out, need, overwrite=False, facts=None, keep=False):
         self.out, self.keep = Path(out).resolve(), keep
-        if self.out.exists() and not overwrite:
-            raise InputError(f"{out} already exists; name another --out, or add --overwrite to replace it")
-        config = self.out / "config.json"
-        if self.out.exists() and not (config.is_file() and "air" in read_json(config)):
-            raise InputError(f"{out} is not a compressed checkpoint, so --overwrite leaves it alone; name another --out")
         self.partial = self.out.with_name(self.out.name + ".partial")
-        manifest = self.partial / "manifest.json"
-        if not keep and manifest.exists() and read_json(manifest).get("facts", {}).get("kept"):
-            raise InputError(f"{self.partial} holds finished blocks of a run with --stats; add --stats to go on, or delete it")
+        self.check_target(out, overwrite)
+        goes_on = keep and (self.partial / "manifest.json").exists()
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            if not (keep and manifest.exists()):
+            if not goes_on:
                 shutil.rmtree(self.partial, ignore_errors=True)     # left by a run that was killed
-            check_space((self.partial, need + (need if need <= SHARD_BYTES else 0)))    # a small one is copied into one file
-            self.folder = Folder(self.partial, (facts or {}) | {"kept": keep})
+            copied = need if need <= SHARD_BYTES else 0             # the parts, then the one file
+            check_space((self.partial, need + copied))
+            self.folder = TensorFolder(self.partial, (facts or {}) | {"kept": keep})
         except OSError as e:
-            raise InputError(f"cannot write to {self.out.parent} ({e.strerror}); name another --out") from None
+            raise InputError(f"cannot write to {self.out.parent} ({e.strerror}); "
+                             "name another --out") from None
         for name in self.folder.files:
-            self.folder.load(name)                                  # refuses a damaged part now, not at the end
+            self.folder.load(name)                  # refuses a damaged part now, not at the end
         self.done = {name: file["note"] for name, file in self.folder.files.items()}
 
+    def check_target(self, out, overwrite):
+        if self.out.exists() and not overwrite:
+            raise InputError(f"{out} already exists; name another --out, "
+                             "or add --overwrite to replace it")
+        config = self.out / "config.json"
+        ours = config.is_file() and "air" in read_json(config)
+        if self.out.exists() and not ours:
+            raise InputError(f"{out} is not a compressed checkpoint, so --overwrite leaves it "
+                             "alone; name another --out")
+        manifest = self.partial / "manifest.json"
+        kept = manifest.exists() and read_json(manifest).get("facts", {}).get("kept")
+        if kept and not self.keep:
+            raise InputError(f"{self.partial} holds finished blocks of a run with --stats; "
+                             "add --stats to go on, or delete it")
+
     def add(self, part, tensors, note=None):
-        """Write {name: tensor} to disk as one part, a shard to be. Raises RuntimeError for a number that is not finite."""
+        """Write {name: tensor} to disk as one part, a shard to be.
+
+        Raises RuntimeError for a number that is not finite.
+        """
         for name, w in tensors.items():
             if not torch.isfinite(w).all():
-                raise RuntimeError(f"{name} is not finite in {w.dtype}, the checkpoint's own; start from its bf16 or fp32 form")
+                raise RuntimeError(f"{name} is not finite in {w.dtype}, the checkpoint's own; "
+                                   "start from its bf16 or fp32 form")
         self.folder.save(part, tensors, note)
         self.done[part] = note
 
     def finish(self, config, copies=()):
-        """Add the index, config.json and copies of `copies` (paths), then move all of it into place."""
+        """Add the index, config.json and copies of `copies` (paths), then move it into place."""
         parts = {part: self.folder.load(part) for part in sorted(self.done)}
-        total = sum(w.numel() * w.element_size() for part in parts.values() for w in part.values())
-        target = self.partial / "whole" if total <= SHARD_BYTES else self.partial
-        for left in ("whole", "old"):                # by a run that was killed in here
+        for left in ("whole", "old"):               # by a run that was killed in here
             shutil.rmtree(self.partial / left, ignore_errors=True)
-        target.mkdir(exist_ok=True)
+        total = sum(w.nbytes for part in parts.values() for w in part.values())
         if total <= SHARD_BYTES:
+            target = self.partial / "whole"
+            target.mkdir()
             state = {name: w for part in parts.values() for name, w in part.items()}
             save_file(state, target / "model.safetensors", metadata={"format": "pt"})
         else:
+            target = self.partial
             where = {name: file for file, part in parts.items() for name in part}
             index = {"metadata": {"total_size": total}, "weight_map": where}
-            (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        (target / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            write_whole(target / "model.safetensors.index.json", json.dumps(index, indent=1))
+        write_whole(target / "config.json", json.dumps(config, indent=1) + "\n")
         for path in copies:
             shutil.copy(path, target)
-        if self.out.exists():                        # two renames: at no moment is there a half-written target
+        if self.out.exists():           # two renames: at no moment is there a half-written target
             os.replace(self.out, self.partial / "old")
         os.replace(target, self.out)
         (self.out / "manifest.json").unlink(missing_ok=True)

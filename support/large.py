@@ -1,41 +1,30 @@
-"""What a model larger than memory, or several processes, add to air.py: block inputs on disk, a plan, a division of the work."""
+"""What a model larger than memory, or several processes, need: statistics kept, spilled and divided,
+a division of the work, a plan."""
 import math
 import os
 import shutil
 import timeit
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from support.checkpoint import Folder
-from support.script import InputError, check_space, free_bytes
+from calibrate import embed, forward_sweep
+from influence import backward_sweep, start_gradient
+from support.checkpoint import TensorFolder
+from support.script import InputError, check_space, code_digest, free_bytes
+from support.texts import digest
+
+SWEEPS = ("model.py", "calibrate.py", "influence.py")       # what computes statistics
 
 
-# ---------------------------------------------------------------------------------------------- block inputs on disk
-class Spill:
-    """The dict {l: input of block l (N, T, dim)} that the sweeps pass on, kept in a folder; a killed run finds it again."""
-
-    def __init__(self, path, facts):
-        self.folder, self.file = Folder(path, facts), "input_{:03}.safetensors".format
-
-    def __contains__(self, l):
-        return self.file(l) in self.folder.files
-
-    def __setitem__(self, l, h):
-        if l not in self:
-            self.folder.save(self.file(l), {"h": h})
-
-    def pop(self, l):
-        return self.folder.load(self.file(l))["h"]
-
-    def remove(self):
-        self.folder.manifest.unlink(missing_ok=True)    # first: what a kill leaves behind is then no spill
-        shutil.rmtree(self.folder.path)
-
-
-# ---------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
 def start_processes(device):
-    """Join the other processes of a torchrun (gloo on CPUs, nccl on GPUs); returns this one's device. Alone, nothing happens."""
+    """Join the other processes of a torchrun (gloo on CPUs, nccl on GPUs); returns this one's device.
+
+    Alone, nothing happens.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -51,37 +40,48 @@ def end_processes():
 
 def processes():
     """(rank of this process, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def add_up(stats):
-    """Sum every statistic over the processes, in place."""
     if dist.is_initialized():
-        for key in sorted(stats):
-            dist.all_reduce(stats[key])
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def add_up(stats, share):
+    """Sum every statistic over the processes, in place; this one saw `share` of the tokens."""
+    if not dist.is_initialized():
+        return
+    for key in sorted(stats):
+        if key.endswith(".mean_abs"):
+            stats[key] *= share                             # a mean of this process's tokens
+        dist.all_reduce(stats[key])
 
 
 def divide(sweep):
-    """Of every `world` blocks a sweep yields, this process's (l, stats), or (None, None): so that all processes solve at once."""
-    (rank, world), mine, i = processes(), (None, None), 0
-    for i, (l, stats) in enumerate(sweep, 1):
-        if (i - 1) % world == rank:
+    """Of every `world` blocks a sweep yields this process's (l, stats), so that all solve at once.
+
+    (None, None) where there is none left for it.
+    """
+    rank, world = processes()
+    mine, count = (None, None), 0
+    for l, stats in sweep:
+        if count % world == rank:
             mine = l, stats
-        del stats
-        if i % world == 0:
+        del stats                                           # its only holder is `mine`
+        count += 1
+        if count % world == 0:
             yield mine
-            mine = (None, None)
-    if i % world:
+            mine = None, None
+    if count % world:
         yield mine
 
 
 def gather(part):
-    """Every process's part, in process 0; an empty list in the others."""
-    (rank, world), parts = processes(), [part]
+    """Every process's part that is not None, in process 0; an empty list in the others."""
+    rank, world = processes()
+    parts = [part]
     if world > 1:
-        parts = [None] * world if rank == 0 else []
-        dist.gather_object(part, parts or None)
-    return parts
+        parts = [None] * world if rank == 0 else None
+        dist.gather_object(part, parts)
+    return [each for each in parts or [] if each is not None]
 
 
 def from_first(value):
@@ -92,54 +92,271 @@ def from_first(value):
     return values[0]
 
 
-# ---------------------------------------------------------------------------------------------- the plan
+# -------------------------------------------------------------------------------- statistics
+class Spill:
+    """The dict {l: input of block l (N, T, dim)} of the sweeps, in a folder; a killed run finds it."""
+
+    def __init__(self, path, facts):
+        self.folder = TensorFolder(path, facts)
+        self.blocks = {int(name.split("_")[1][:3]) for name in self.folder.files}
+
+    def file(self, l):
+        return f"input_{l:03}.safetensors"
+
+    def limit(self, last):
+        """Pass over what lies there beyond block `last`."""
+        self.blocks = {l for l in self.blocks if l <= last}
+
+    def __iter__(self):
+        return iter(self.blocks)
+
+    def __contains__(self, l):
+        return l in self.blocks
+
+    def __setitem__(self, l, h):
+        if self.file(l) not in self.folder.files:
+            self.folder.save(self.file(l), {"h": h})
+        self.blocks.add(l)
+
+    def pop(self, l):
+        self.blocks.discard(l)
+        return self.folder.load(self.file(l))["h"]
+
+    def remove(self):
+        self.folder.manifest.unlink(missing_ok=True)    # first: what a kill leaves is then no spill
+        shutil.rmtree(self.folder.path)
+
+
+class Kept:
+    """air.statistics, kept in a folder, spilled to another, divided among processes, continued.
+
+    folder (--stats): statistics are kept there, with the gradient between two blocks, and a later
+    run of the same checkpoint, text, dtype and code goes on from them, whatever its rate, method,
+    signal or δ. spill (--spill): block inputs go there instead of to memory. Several processes divide
+    the windows. Without any of these the numbers are air.statistics' bit by bit.
+    """
+
+    def __init__(self, folder=None, spill=None):
+        self.folder, self.spill = folder, spill
+
+    def statistics(self, ckpt, windows, device, dtype, blocks, signal=None):
+        """Yield (l, stats) of every block in `blocks`, in any order, as air.statistics does."""
+        rank, world = processes()
+        self.open(ckpt, windows, dtype, signal)
+        todo = [l for l in blocks if not self.complete(l)]
+        # What an earlier run has finished.
+        for l in blocks:
+            if l not in todo:
+                yield l, self.load(l, self.kinds, device)
+        share = len(windows[rank::world]) / max(1, len(windows))
+        for l, stats in self.sweep(ckpt, windows[rank::world], device, dtype, todo):
+            add_up(stats, share)
+            if self.stored and rank == 0:
+                self.keep(l, stats, todo, world)
+            if l in todo:
+                # Another method's ΣXXᵀ: the same to rounding, and what every later run will read.
+                if self.file(l, "gram") in self.had:
+                    stats |= self.load(l, ["gram"], device)
+                yield l, stats
+            del stats                                   # before the next block's are collected
+            if signal and l == min(todo):
+                break
+        if signal and self.spill:
+            self.inputs.remove()
+
+    def open(self, ckpt, windows, dtype, signal):
+        """The folders as they are found; raises InputError where they were made from other facts."""
+        rank, world = processes()
+        self.signal = signal
+        self.kinds = ["gram", signal] if signal else ["gram"]       # files of a block
+        self.stored, self.inputs, self.had = None, {}, {}
+        facts = {}
+        if self.folder or self.spill:
+            facts = {"checkpoint": ckpt.fingerprint(), "windows": digest(windows),
+                     "dtype": str(dtype), "code": code_digest(*SWEEPS)}
+        if self.folder:
+            self.stored = TensorFolder(self.folder, facts)
+            self.had = dict(self.stored.files)
+        if signal and self.spill:
+            self.inputs = Spill(Path(self.spill) / f"{rank}of{world}", facts)
+
+    def file(self, l, kind):
+        return f"block_{l:03}.{kind}.safetensors"
+
+    def gradient(self, l):
+        """The file of the gradient at block l's output."""
+        return f"gradient_{l:03}.{self.signal}.safetensors"
+
+    def complete(self, l):
+        return all(self.file(l, kind) in self.had for kind in self.kinds)
+
+    def load(self, l, kinds, device):
+        stats = {}
+        for kind in kinds:
+            stats |= self.stored.load(self.file(l, kind), device)
+        return stats
+
+    def sweep(self, ckpt, windows, device, dtype, todo):
+        """The sweep that passes all blocks of `todo`, from where an earlier run was."""
+        last = ckpt.cfg.n_layers
+        if not todo:
+            return ()
+        if self.signal is None:
+            h = embed(ckpt, windows, dtype)
+            return forward_sweep(ckpt, h, device, gram=True, blocks=range(max(todo) + 1))
+        # A gradient kept at the output of a block above all of them; several processes keep none.
+        kept = [l for l in range(max(todo), last) if self.gradient(l) in self.had]
+        top = kept[0] if kept and processes()[1] == 1 else None
+        stop = last if top is None else top
+        # Forward, behind the last input that was spilled.
+        if self.spill:
+            self.inputs.limit(stop)
+        start = max(self.inputs, default=0)
+        h = self.inputs.pop(start) if start in self.inputs else embed(ckpt, windows, dtype)
+        for _ in forward_sweep(ckpt, h, device, keep=self.inputs, blocks=range(start, stop)):
+            pass
+        del h
+        # Backward. The gradient is changed in place as the sweep proceeds.
+        if top is None:
+            self.g = start_gradient(ckpt, windows, self.inputs.pop(last), device, self.signal)
+        else:
+            self.g = self.stored.load(self.gradient(top))["g"].clone()
+        return backward_sweep(ckpt, self.inputs, self.g, device, self.signal, gram=True)
+
+    def keep(self, l, stats, todo, world):
+        """Put block l's statistics and the gradient below it on disk; older gradients go."""
+        if l in todo:
+            for kind in self.kinds:
+                # Influence is one file, ΣXXᵀ and the means another, which other signals share.
+                own = {key: x for key, x in stats.items()
+                       if key.endswith(f".{self.signal}") == (kind == self.signal)}
+                if self.file(l, kind) not in self.stored.files:
+                    self.stored.save(self.file(l, kind), own)
+        if self.signal:
+            old = [name for name in self.stored.files
+                   if name.startswith("gradient") and self.signal in name.split(".")]
+            if world == 1 and l > min(todo):
+                self.stored.save(self.gradient(l - 1), {"g": self.g})
+            self.stored.forget(old)
+
+
+# -------------------------------------------------------------------------------- the plan
 def machine_rates(device, dtype):
-    """What this machine does now: FLOP/s of a matrix product in dtype, and in fp32; bytes/s of a copy, read and written."""
+    """What this machine does now, as (FLOP/s of a matrix product in dtype, in fp32, bytes/s of a copy).
+
+    The copy's bytes are read and written.
+    """
     wait = torch.cuda.synchronize if device.type == "cuda" else int
-    seconds = lambda work: min(timeit.repeat(lambda: (work(), wait()), number=1, repeat=4))             # noqa: E731
+
+    def seconds(work):
+        return min(timeit.repeat(lambda: (work(), wait()), number=1, repeat=4))
     n = 8192 if device.type == "cuda" else 1024
-    a, b, x = (torch.ones(size, device=device, dtype=t) for size, t in (((n, n), dtype), ((n, n), torch.float32), (2**25, dtype)))
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    b = torch.ones(n, n, device=device)
+    x = torch.ones(2**25, device=device, dtype=dtype)
     y = torch.empty_like(x)
-    return 2 * n**3 / seconds(lambda: a @ a), 2 * n**3 / seconds(lambda: b @ b), 2 * x.nbytes / seconds(lambda: y.copy_(x))
+    return (2 * n**3 / seconds(lambda: a @ a), 2 * n**3 / seconds(lambda: b @ b),
+            2 * x.nbytes / seconds(lambda: y.copy_(x)))
+
+
+def solve_costs(cut):
+    """FLOP in fp32 of (Cholesky, WS and the truncated SVD; one ALS sweep), and the sweep's bytes."""
+    factor = passed = 0
+    for m, n, k in cut.values():
+        cholesky, profiled = n**3 / 3, 2 * m * n * n
+        # fast.truncated_svd: WᵀW's triangle, its eigenvectors, the product with k of them.
+        svd = 1.1 * m * n * min(m, n) + 12 * min(m, n)**3 + 2 * m * n * k
+        factor += cholesky + profiled + svd
+        passed += k * m * n
+    # fast.als_sweep: 17 products with a vector a rank; 3.75 passes over m×n numbers of 4 bytes.
+    return factor, 34 * passed, 15 * passed
 
 
 def costs(cfg, cut, windows, itemsize, signal):
-    """({stage: (FLOP in the model's dtype, FLOP in fp32, bytes moved)}, {what: bytes held}) as README.md, "Cost", derives them.
+    """({stage: (FLOP in the model's dtype, FLOP in fp32, bytes moved)}, {what: bytes held}).
 
-    cut {layer: (m, n, rank)} of the layers to be decomposed; windows (how many, tokens each); every block is swept.
+    cut {layer: (m, n, rank)} of the layers to be decomposed; windows (how many, tokens each); every
+    block is swept. experiments/README.md, "Cost", derives them.
     """
-    tokens, L, q, kv = math.prod(windows), cfg.n_layers, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
-    widths, weights = (cfg.dim, q, cfg.dim, cfg.hidden), cfg.dim * (2 * q + 2 * kv + 3 * cfg.hidden)        # of one block
-    squares, passes = sum(n * n for n in widths), 4 if signal else 1
-    influence, largest = 4 * weights if signal else 0, 8 * max(widths) ** 2                 # fp32; the widest ΣXXᵀ in fp64
-    passed = sum(k * m * n for m, n, k in cut.values())
+    tokens, L = math.prod(windows), cfg.n_layers
+    q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+    weights = cfg.dim * (2 * q + 2 * kv + 3 * cfg.hidden)           # numbers of one block
+    widths = (cfg.dim, q, cfg.dim, cfg.hidden)                      # n of its four inputs
+    squares = sum(n * n for n in widths)
+    # Forward; for a backward signal again, and twice that on the way back.
+    passes = 4 if signal else 1
+    influence = 4 * weights if signal else 0                        # bytes, fp32
+    # A block's weights; influence is read, the gradient added, and written for every window.
+    moved = (passes * weights * itemsize + 6 * windows[0] * influence) * L
+    factor, als, als_moved = solve_costs(cut)
     stages = {
-        "sweeps": (2 * tokens * weights * L * passes, 0, passes * weights * itemsize * L + 6 * windows[0] * influence * L),
+        "sweeps": (2 * tokens * weights * L * passes, 0, moved),
         "ΣXXᵀ": (0, 2 * tokens * squares * L, 24 * windows[0] * squares * L),
-        "Cholesky and SVD": (0, sum(n**3 / 3 + m * n * (2 * n + 1.1 * min(m, n) + 2 * k) + 12 * min(m, n)**3
-                                    for m, n, k in cut.values()), 0),
-        "ALS": (0, 34 * passed, 15 * passed)}
+        "Cholesky and SVD": (0, factor, 0),
+        "ALS": (0, als, als_moved),
+    }
+    # At its peak a block holds its statistics and either the sweep's weights (and gradients) and one
+    # more ΣXXᵀ, or the solve's three n×n matrices, fp64.
+    largest = 8 * max(widths)**2
+    swept = weights * itemsize * (2 if signal else 1) + largest
+    one_input = tokens * cfg.dim * itemsize
     return stages, {
-        "inputs": tokens * cfg.dim * itemsize * (L + 1 if signal else 1), "statistics": len(cut) // 7 * (influence + 8 * squares),
-        "block": influence + 8 * squares + max(weights * itemsize * (2 if signal else 1) + largest, 3 * largest)}
+        "one input": one_input,
+        "inputs": one_input * (L + 1 if signal else 1),
+        "statistics": len(cut) // 7 * (influence + 8 * squares),
+        "block": influence + 8 * squares + max(swept, 3 * largest),
+    }
 
 
-def plan(ckpt, cut, windows, dtype, device, signal, need, out, stats, spill):
-    """Memory, disk and time of a run, as one line; `need`: bytes of the result. Raises InputError for what does not fit."""
-    stages, held = costs(ckpt.cfg, cut, windows, dtype.itemsize, signal)
+@dataclass
+class Plan:
+    """Memory, disk and time of a run up to the factors; libraries and the evaluation come on top."""
+
+    device: torch.device
+    minutes: float
+    rates: tuple                # what machine_rates measured
+    held: dict                  # {what: bytes}, of `costs`
+    inputs: float               # bytes of block inputs in the host's memory
+    solving: float              # bytes of one block in the host's memory, of all processes
+    disk: dict = field(default_factory=dict)            # {what: (folder, bytes)}
+
+    def place(self, result, inputs=None, statistics=None):
+        """What goes to disk: the result (folder, bytes), inputs and statistics to these folders."""
+        self.disk["result"] = result
+        if inputs:
+            self.disk["inputs"] = inputs, self.held["inputs"]
+            self.inputs = 2 * self.held["one input"]    # one is read while the next is made
+        if statistics:
+            self.disk["statistics"] = statistics, self.held["statistics"]
+
+    def check(self):
+        """Raise InputError for what does not fit."""
+        host = torch.device("cpu")
+        spare = "--spill DIR keeps block inputs on disk, fewer --samples shrink them"
+        other = "--device cpu works in the host's memory"
+        for memory, size, advice in ((host, self.inputs + self.solving, spare),
+                                     (self.device, self.held["block"], other)):
+            free = free_bytes(memory)
+            if free is not None and size > free:
+                raise InputError(f"the run needs {size / 1e9:.1f} GB of {memory.type} memory, "
+                                 f"{self.inputs / 1e9:.1f} GB of the host's for block inputs, and "
+                                 f"{free / 1e9:.1f} GB are free; {advice}")
+        check_space(*self.disk.values())
+
+    def line(self):
+        """The plan in one line."""
+        parts = [f"{(self.inputs + self.solving) / 1e9:.2f} GB of memory"]
+        if self.device.type == "cuda":
+            parts.append(f"{self.held['block'] / 1e9:.2f} GB on the GPU")
+        parts += [f"{what} {size / 1e9:.2f} GB" for what, (_, size) in self.disk.items()]
+        return (f"plan: about {self.minutes:.1f} min to the factors, {', '.join(parts)} (measured: "
+                f"{self.rates[0] / 1e9:,.0f} GFLOP/s, {self.rates[2] / 1e9:.0f} GB/s)")
+
+
+def make_plan(cfg, cut, windows, device, dtype, signal):
+    """The Plan of a run that keeps all in memory; cut and windows as `costs` has them."""
+    stages, held = costs(cfg, cut, windows, dtype.itemsize, signal)
     rates, world = machine_rates(device, dtype), processes()[1]
-    minutes = sum(work / rate for stage in stages.values() for work, rate in zip(stage, rates)) / world / 60
-    inputs = 2 * math.prod(windows) * ckpt.cfg.dim * dtype.itemsize if spill else held["inputs"]
-    host = inputs + (held["block"] * world if device.type == "cpu" else 0)
-    for need, where, way in ((host, torch.device("cpu"), "--spill DIR keeps block inputs on disk, fewer --samples shrink them"),
-                             (held["block"], device, "--device cpu works in the host's memory")):
-        if (free := free_bytes(where)) is not None and need > free:
-            raise InputError(f"the run needs {need / 1e9:.1f} GB of {where.type} memory, {inputs / 1e9:.1f} GB of the host's "
-                             f"for block inputs, and {free / 1e9:.1f} GB are free; {way}")
-    disk = {"result": (f"{out}.partial", need)} | {what: (where, held[what]) for what, where in (
-        ("inputs", spill), ("statistics", stats)) if where}
-    check_space(*disk.values())
-    return (f"plan: about {minutes:.1f} min to the factors, {host / 1e9:.2f} GB of memory"
-            + (f", {held['block'] / 1e9:.2f} GB on the GPU" if device.type == "cuda" else "")
-            + "".join(f", {what} {size / 1e9:.2f} GB" for what, (_, size) in disk.items())
-            + f" (measured: {rates[0] / 1e9:,.0f} GFLOP/s, {rates[2] / 1e9:.0f} GB/s)")
+    seconds = sum(work / rate for stage in stages.values() for work, rate in zip(stage, rates))
+    solving = held["block"] * world if device.type == "cpu" else 0
+    return Plan(device, seconds / world / 60, rates, held, held["inputs"], solving)

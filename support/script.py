@@ -1,32 +1,167 @@
-"""What every script needs around its work: errors in one sentence, arguments, the device, disks, JSON, exit codes."""
+"""What a script needs around its work: errors in one sentence, arguments, device, disk, JSON, exit."""
 import argparse
+import ast
 import hashlib
 import json
 import math
 import mmap
 import os
 import re
+import resource
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
+ROOT = Path(__file__).resolve().parents[1]
+# What stands below this line of a script arranges and prints, and computes nothing that is kept.
+COMMAND = "------ the command\n"
+
 
 class InputError(Exception):
-    """Bad input, said in one sentence: what was found, what was expected, what to do. Scripts exit with 2."""
+    """Bad input in one sentence: what was found, what was expected, what to do. Exit code 2."""
 
 
+# -------------------------------------------------------------------------------- arguments, device
+def parser(doc):
+    """An argument parser with what every script takes; `doc` is the script's docstring."""
+    p = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", default=str(ROOT / "demo"),
+                   help="a .safetensors file with config.json beside it, or a folder (default: demo)")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                   help="default: bfloat16 on a GPU, float32 on a CPU")
+    return p
+
+
+def pick_device(device, dtype):
+    """Names or None -> (torch.device, torch.dtype, why): a GPU and bf16 if there is one, else fp32.
+
+    Raises InputError when CUDA is asked for and absent.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise InputError("--device cuda was asked for, but this PyTorch sees no CUDA GPU; "
+                         "use --device cpu")
+    if device is None:
+        device = "cuda" if available else "cpu"
+    why = "asked for" if dtype else f"default on {device}"
+    if dtype is None:
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    return torch.device(device), getattr(torch, dtype), why
+
+
+def pick_blocks(text, n):
+    """--layers 'A:B' -> range(A, B) within 0:n; InputError for anything else or an empty range."""
+    match = re.fullmatch("([0-9]*):([0-9]*)", text)
+    picked = range(int(match[1] or 0), int(match[2] or n)) if match else ()
+    if not picked or picked[-1] >= n:
+        raise InputError(f"--layers is '{text}'; expected A:B for blocks A to B-1, "
+                         f"within 0:{n}")
+    return picked
+
+
+# -------------------------------------------------------------------------------- memory and disk
+def free_bytes(device):
+    """Memory that can still be had on `device`, in bytes; None where the system does not tell."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        with open("/proc/meminfo") as f:
+            available = next(line for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+    return 1024 * int(available.split()[1])
+
+
+def check_writable(path):
+    """Raise InputError, before any work, for a file that could not be written at its end."""
+    if path is None:
+        return
+    path = Path(path).resolve()
+    where = path if path.exists() else path.parent
+    if path.is_dir() or not os.access(where, os.W_OK):
+        raise InputError(f"cannot write {path}; expected a file name in a folder that exists "
+                         "and can be written")
+
+
+def check_apart(out, **others):
+    """Raise InputError for a path that lies inside the output folder, which is replaced whole."""
+    out = Path(out).resolve()
+    for name, path in others.items():
+        if path and out in (Path(path).resolve(), *Path(path).resolve().parents):
+            raise InputError(f"--{name} {path} lies inside --out {out}, which is replaced as a "
+                             f"whole; give another --{name}")
+
+
+def peak_memory():
+    """The process's highest resident memory so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def check_space(*needs):
+    """Raise InputError when a disk lacks the space for its `needs`, (folder, bytes) each.
+
+    What lies in a folder already is not asked for again.
+    """
+    disks = {}                                              # {device number: bytes needed on it}
+    for folder, need in needs:
+        folder = Path(folder)
+        there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        parents = (folder.resolve(), *folder.resolve().parents)
+        nearest = next(path for path in parents if path.exists())
+        # Needs on one disk add up.
+        disk = nearest.stat().st_dev
+        disks[disk] = disks.get(disk, 0) + max(0, need - there)
+        free = shutil.disk_usage(nearest).free
+        if free < disks[disk]:
+            raise InputError(f"{nearest} has {free / 1e9:.2f} GB free, {disks[disk] / 1e9:.2f} GB "
+                             "are needed; make space or use another disk")
+
+
+# -------------------------------------------------------------------------------- files
 def read_json(path):
+    """The JSON object in a file; InputError for anything else."""
     try:
         return dict(**json.loads(path.read_text("utf-8")))
     except (ValueError, TypeError, OSError) as e:
-        raise InputError(f"{path} is not readable as a JSON object ({e}); copy it again from where it came") from None
+        raise InputError(f"{path} is not readable as a JSON object ({e}); "
+                         "copy it again from where it came") from None
+
+
+def finite(value):
+    """A JSON value in which numbers that are not finite, which JSON cannot hold, became null."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_whole(path, text):
+    """Write a text file so that it is there whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path, values):
+    """Write {key: value} to `path` as JSON; no path, no file."""
+    if path:
+        write_whole(path, json.dumps(finite(values), indent=1) + "\n")
 
 
 def sha256(path):
-    """SHA-256 (hex) of a file, read through a memory map; of one that is empty or cannot be read, the reason."""
+    """SHA-256 (hex) of a file, memory-mapped; of one that is empty or unreadable, the reason."""
     try:
         with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return hashlib.sha256(content).hexdigest()
@@ -34,81 +169,88 @@ def sha256(path):
         return str(e)
 
 
-def pick_device(device, dtype):
-    """Names -> (torch.device, torch.dtype, why): CUDA and bf16 where there is a GPU, else CPU and fp32.
+def code_digest(*files):
+    """SHA-256 (hex) of what the repository's `files` compute: their syntax trees.
 
-    Raises InputError when CUDA is asked for and absent.
+    Comments, docstrings, layout and what stands below "the command" do not count: an edited rule
+    gives another digest, an edited message does not.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda was asked for, but this PyTorch sees no CUDA GPU; use --device cpu")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    why = "asked for" if dtype else f"default on {device}"
-    return torch.device(device), getattr(torch, dtype or {"cuda": "bfloat16", "cpu": "float32"}[device]), why
+    digest = hashlib.sha256()
+    for file in files:
+        source, _, _ = (ROOT / file).read_text("utf-8").partition(COMMAND)
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            if documented and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()
 
 
-def check_target(path):
-    """Raise InputError, before any work, for a file that could not be written at its end."""
-    path = Path(path).resolve() if path else None
-    if path and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
-        raise InputError(f"cannot write {path}; expected a file name in a folder that exists and can be written")
+# -------------------------------------------------------------------------------- running
+class Progress:
+    """Lines on stderr while a run goes on, from the first process only and none when `quiet`."""
+
+    def __init__(self, quiet=False):
+        self.silent = quiet or os.environ.get("RANK", "0") != "0"
+
+    def say(self, line):
+        if not self.silent:
+            print(line, file=sys.stderr, flush=True)
+
+    def begin(self, total):
+        """From now on `total` steps are to be done."""
+        self.total, self.done, self.began = total, 0, time.time()
+
+    def step(self, line, steps=1):
+        """`line` with the time left, now that `steps` more are done."""
+        self.done += steps
+        left = (time.time() - self.began) / self.done * max(0, self.total - self.done)
+        self.say(f"{line}  {left:5.0f} s left")
 
 
-def parser(doc):
-    """An argument parser with what every script takes."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", default=str(Path(__file__).resolve().parents[1] / "demo"),
-                   help="a .safetensors file with config.json beside it, or a folder (default: the bundled demo)")
-    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    return p
+class Stopwatch:
+    """Seconds a stage: lap(stage) counts the time since the last lap for it."""
+
+    def __init__(self):
+        self.seconds, self.mark = {}, time.time()
+
+    def lap(self, stage):
+        now = time.time()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.mark
+        self.mark = now
 
 
-def free_bytes(device):
-    """Memory that can still be had on `device`, in bytes; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/meminfo") as f:
-            return 1024 * next(int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
+def failure(error):
+    """(exit code, sentence) of an error that a user can do something about, else None."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, InputError):
+        return 2, text
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; nothing incomplete was left where results go"
+    if isinstance(error, torch.OutOfMemoryError):
+        return 1, (f"out of GPU memory ({text.split('.')[0]}); "
+                   "try --dtype bfloat16, fewer tokens, --device cpu")
+    if not isinstance(error, (OSError, SafetensorError, MemoryError, RuntimeError)):
         return None
-
-
-def check_space(*needs):
-    """Raise InputError when a disk has too little space for its `needs`, (folder, bytes) each, beside what lies there already."""
-    disks = {}
-    for folder, need in needs:
-        there = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
-        at = next(path for path in (Path(folder).resolve(), *Path(folder).resolve().parents) if path.exists())
-        disk = at.stat().st_dev
-        disks[disk] = disks.get(disk, 0) + max(0, need - there)
-        if (free := shutil.disk_usage(at).free) < disks[disk]:
-            raise InputError(f"{at} has {free / 1e9:.2f} GB free, {disks[disk] / 1e9:.2f} GB are needed; make space or use "
-                             "another disk")
-
-
-def write_json(path, values):
-    """Write {key: value} to `path`; a number that is not finite becomes null. No path, no file."""
-    if path:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        Path(path).write_text(json.dumps(finite, indent=1) + "\n")
+    if re.search("gloo|nccl", text, re.I):
+        return 1, "another process of this run ended; its reason is in its own message"
+    if isinstance(error, RuntimeError) and not re.search("allocate memory|not finite", text):
+        return None
+    return 1, f"the run failed and left nothing incomplete: {text.splitlines()[0]}"
 
 
 def run(main):
-    """Call main(); a known error becomes one sentence on stderr and an exit code: 2 bad input, 1 failed run, 130 Ctrl-C."""
+    """Call main(); a known error becomes one sentence on stderr and an exit code.
+
+    2: bad input, 1: a failed run, 130: Ctrl-C. Any other error is a mistake here: a traceback.
+    """
     try:
         return main()
-    except InputError as e:
-        code, message = 2, e
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted; nothing incomplete was left where results go"
-    except torch.OutOfMemoryError as e:
-        code, message = 1, f"out of GPU memory ({str(e).split('.')[0]}); try --dtype bfloat16, fewer tokens, --device cpu"
-    except (OSError, SafetensorError, MemoryError, RuntimeError) as e:
-        code, message = 1, f"the run failed and left nothing incomplete: {(str(e) or type(e).__name__).splitlines()[0]}"
-        if re.search("gloo|nccl", str(e), re.I):
-            message = "another process of this run ended; its reason is in its own message"
-        elif isinstance(e, RuntimeError) and not re.search("allocate memory|not finite", str(e)):
+    except BaseException as error:
+        known = failure(error)
+        if known is None:
             raise
+        code, message = known
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)
