@@ -1,20 +1,26 @@
 # The targets set up everything they need in .venv, from a bare Python >= 3.10.
 PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test experiments
+.PHONY: demo test lint experiments
 demo: .venv/ready
 	.venv/bin/python air.py --overwrite
 
 test: .venv/ready
 	.venv/bin/python -m pytest
 
+# The rules of style; what ruff does not know is in tests/test_style.py.
+lint: .venv/ready
+	$(PIP) ruff==0.17.6
+	.venv/bin/python -m ruff check .
+
 # The paper's tables and figures on the demo; goes on where it stopped. Pictures need matplotlib, numbers do not.
 experiments: .venv/ready
-	-.venv/bin/python -m pip install --quiet --disable-pip-version-check matplotlib
+	-$(PIP) matplotlib
 	for name in table2 table7 table8 fig1 fig2 fig3 fig5 fig6 a6 open_questions; do \
 	    .venv/bin/python experiments/$$name.py || exit 1; done
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
 	touch $@

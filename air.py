@@ -1,7 +1,7 @@
-"""AIR: Activation- and Influence-Aware Ranks. Every linear layer of a LLaMA becomes two factors.
+"""AIR, Activation- and Influence-Aware Ranks: every linear layer becomes two factors.
 
-    python air.py                                           # the bundled demo, about a minute
-    python air.py --ckpt llama7b.safetensors --rate 0.6     # rate: the fraction of parameters kept
+    python air.py                                           # the demo, about a minute
+    python air.py --ckpt llama7b.safetensors --rate 0.6     # rate: the fraction kept
 
 Read the functions from `rank_at` to `air` beside Section 3 and Algorithm 1 of the paper.
 
@@ -20,50 +20,51 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy
 import torch
 
 from calibrate import add_calibration_arguments, calibration_windows, embed, forward_sweep
-from eval_ppl import (bits_per_byte, evaluate, evaluation_windows, per_byte_line, warn_nonfinite)
+from eval_ppl import evaluation_windows
 from influence import SIGNALS, backward_sweep, check_signal, start_gradient
 from model import LAYERS, READS
-from support import fast, large
+from support import fast, large, report
 from support.checkpoint import Checkpoint, Writer, part_of, result_bytes
 from support.script import (InputError, Progress, Stopwatch, check_apart, check_writable,
-                            code_digest, parser, peak_memory, pick_blocks, pick_device, run,
-                            write_json)
+                            code_digest, parser, peak_memory, pick_blocks, pick_device,
+                            run, write_json)
 from support.texts import digest, own_windows, with_defaults
 
-# Where both sides are as wide, support/fast.py computes the same with less work; math.inf keeps to
-# the lines here.
+# Where both sides are as wide, support/fast.py computes the same with less work; math.inf
+# keeps to the lines here.
 FAST_FROM = 512
 
 
-# -------------------------------------------------------------------------------- the method
+# ------------------------------------------------------------ the method
 def rank_at(rate, m, n):
-    """The rank that keeps `rate` of m·n parameters: the largest k with k(m+n) <= rate·m·n (4.1)."""
-    return int(rate * m * n / (m + n) + 1e-9)       # a whole number must not be rounded below itself
+    """The largest rank k with k(m+n) <= rate·m·n; `rate` is what is kept (Section 4.1)."""
+    # 1e-9: a whole number must not be rounded below itself.
+    return int(rate * m * n / (m + n) + 1e-9)
 
 
 def profile(gram):
     """Eq. 1: S = cholesky(ΣXXᵀ), lower triangular, in fp64.
 
-    Takes ΣXXᵀ (n, n); returns (S (n, n) fp64, shift), shift being what had to be added to the
-    diagonal, relative to its mean: 0 for a numerically positive definite matrix, which more tokens
-    than inputs usually give. Raises RuntimeError for a matrix that is not finite.
+    Takes ΣXXᵀ (n, n); returns (S (n, n) fp64, shift), shift being what had to be added
+    to the diagonal, relative to its mean: 0 for a numerically positive definite matrix,
+    which more tokens than inputs usually give. Raises RuntimeError for a matrix that is
+    not finite.
     """
     gram = gram.double()
     mean = gram.diagonal().mean()
-    if mean == 0:                                   # an input that is always zero: every S will do
+    if mean == 0:                          # an input that is always zero: every S will do
         return torch.eye(len(gram), dtype=gram.dtype, device=gram.device), 1.0
-    # Not in the paper: the repair, ever larger shares of the mean diagonal. Released code differs:
-    # it adds max(1.1·|λmin|, 1e-6·λmax, 1e-4), absolute in the last term.
+    # Not in the paper: the repair, ever larger shares of the mean diagonal. Released code
+    # differs: it adds max(1.1·|λmin|, 1e-6·λmax, 1e-4), absolute in the last term.
     info = torch.empty((), dtype=torch.int32, device=gram.device)
     for shift in (0.0, *(10.0**e for e in range(-9, 1))):
         S = gram.clone()
         S.diagonal().add_(shift * mean)
         torch.linalg.cholesky_ex(S, out=(S, info))  # in place: S is as large as ΣXXᵀ
-        # A pivot at the level of rounding is luck, not definiteness: S⁻¹ would amplify noise.
+        # A pivot at the level of rounding is luck: S⁻¹ would amplify noise.
         rounding = len(gram) * 2e-16 * mean
         if not info and S.diagonal().min()**2 > rounding:
             return S, shift
@@ -78,7 +79,7 @@ def normalise(I, scale="mean"):
 
 
 def bend(I):
-    """Released code differs: up to ten rounds until I's mean is 1 and its maximum 100, within 2 %."""
+    """Released code differs: up to ten rounds, until mean 1 and maximum 100 (to 2 %)."""
     for _ in range(10):
         # To 0 … 1, then to unit mean.
         I = I - I.min()
@@ -94,7 +95,7 @@ def bend(I):
 
 
 def truncated_svd(W, k):
-    """Eq. 3 by Eckart-Young: the best rank-k U (m, k), sigma (k,), Vh (k, n) of W in Frobenius norm."""
+    """Eq. 3 by Eckart-Young: W's best rank-k factors U (m, k), sigma (k,), Vh (k, n)."""
     if min(W.shape) >= FAST_FROM:
         return fast.truncated_svd(W, k)
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
@@ -102,34 +103,41 @@ def truncated_svd(W, k):
 
 
 def objective(Wp, P, U, sigma, Vh):
-    """Eq. 4: L_act,infl = ‖√P ⊙ (W' − UΣVᵀ)‖² with P = 1 + δI; L_act (Eq. 3) with P = 1; a float."""
-    return (P * (Wp - (U * sigma) @ Vh).square()).sum(dtype=torch.float64).item()
+    """Eq. 4: L_act,infl = ‖√P ⊙ (W' − UΣVᵀ)‖², P = 1 + δI; Eq. 3: L_act with P = 1."""
+    residual = Wp - (U * sigma) @ Vh
+    return (P * residual.square()).sum(dtype=torch.float64).item()
 
 
 def als_sweep(Wp, P, U, sigma, Vh, ranks):
-    """Algorithm 1, lines 3-9: one closed-form update of v_r, then of (u_r, σ_r), for every r in `ranks`.
+    """Algorithm 1, lines 3-9: update v_r, then (u_r, σ_r), in closed form, r in `ranks`.
 
-    Wp (m, n) the profiled weight W'; P (m, n) = 1 + δI; U (m, k), sigma (k,), Vh (k, n) the start.
-    Returns new U, sigma, Vh. L_act,infl does not rise at any step (Proposition 3.1).
+    Wp (m, n) the profiled weight W'; P (m, n) = 1 + δI; U (m, k), sigma (k,), Vh (k, n)
+    the start. Returns new ones. L_act,infl rises at no step (Proposition 3.1).
     """
     if min(Wp.shape) >= FAST_FROM:
         return fast.als_sweep(Wp, P, U, sigma, Vh, ranks)
-    U, sigma, Vh, tiny = U.clone(), sigma.clone(), Vh.clone(), torch.finfo(Wp.dtype).tiny
-    Wk = (U * sigma) @ Vh                                       # line 3: W'_k = U'_k Σ'_k V'_kᵀ
-    for r in ranks:                                             # line 4
+    U, sigma, Vh = (each.clone() for each in (U, sigma, Vh))
+    tiny = torch.finfo(Wp.dtype).tiny
+    # line 3: W'_k = U'_k Σ'_k V'_kᵀ   (m, n)
+    Wk = (U * sigma) @ Vh
+    # line 4: for r = k-1 down to 0
+    for r in ranks:
         u, s, v = U[:, r], sigma[r], Vh[r]
-        if s == 0:                                              # no such component
+        if s == 0:                                      # no such component
             continue
+        # line 5, Eq. 15: E_r = W' − W'_k + σuvᵀ   (m, n)
         old = s * torch.outer(u, v)
-        E = Wp - Wk + old                                       # line 5, Eq. 15: E_r = W' − W'_k + σuvᵀ
-        # line 6, Eq. 5: v = (uᵀ(P ⊙ E_r)) / (σ (u²)ᵀP), u² as Eq. 21 derives it          (n,)
-        v = (u @ (P * E)) / (s * (u.square() @ P)).clamp_min(tiny)
-        # line 7, Eq. 6: ũ = ((P ⊙ E_r) v) / (P v²)                                       (m,)
-        u = ((P * E) @ v) / (P @ v.square()).clamp_min(tiny)
+        E = Wp - Wk + old
+        PE = P * E
+        # line 6, Eq. 5: v = (uᵀ(P ⊙ E_r)) / (σ (u²)ᵀP), u² as Eq. 21 derives it   (n,)
+        v = (u @ PE) / (s * (u.square() @ P)).clamp_min(tiny)
+        # line 7, Eq. 6: ũ = ((P ⊙ E_r) v) / (P v²)   (m,)
+        u = (PE @ v) / (P @ v.square()).clamp_min(tiny)
         # Eq. 27: σ = ‖ũ‖, u = ũ/σ
         s = u.norm()
         u = u / s.clamp_min(tiny)
-        Wk += s * torch.outer(u, v) - old                       # line 8: W'_k
+        # line 8: W'_k with the new component in place of the old
+        Wk += s * torch.outer(u, v) - old
         U[:, r], sigma[r], Vh[r] = u, s, v
     return U, sigma, Vh
 
@@ -140,7 +148,8 @@ def native_factors(U, sigma, Vh, S=None):
     S⁻¹ by a triangular solve in fp64.
     """
     if S is not None:
-        Vh = torch.linalg.solve_triangular(S, Vh.to(S.dtype), upper=False, left=False).to(U.dtype)
+        Vh = Vh.to(S.dtype)
+        Vh = torch.linalg.solve_triangular(S, Vh, upper=False, left=False).to(U.dtype)
     root = sigma.sqrt()
     return U * root, root[:, None] * Vh
 
@@ -148,17 +157,17 @@ def native_factors(U, sigma, Vh, S=None):
 class Losses(NamedTuple):
     """What a weight's approximation costs on the calibration windows."""
 
-    act: float | None           # L_act (Eq. 3) of SVD-LLM(W)'s start; of another method's result
-    before: float | None        # L_act,infl (Eq. 4) of the start; None for methods without it
+    act: float | None    # L_act (Eq. 3) of SVD-LLM(W)'s start; of another method's result
+    before: float | None    # L_act,infl (Eq. 4) of the start; None for methods without it
     after: float | None         # L_act,infl of the result
-    zero: float | None          # the loss of the zero matrix, for relative errors; None: not known
+    zero: float | None        # the zero matrix's loss, for relative errors; None: unknown
 
 
 def air(W, S, I, k, delta=2.0, sweeps=("backward",)):
-    """Algorithm 1: W (m, n), S (n, n), normalised I (m, n), rank k -> U_k (m, k), V_kᵀ (k, n), Losses.
+    """Algorithm 1: weight W, S, normalised I, rank k -> U_k (m, k), V_kᵀ (k, n), Losses.
 
-    δ = 0 gives SVD-LLM(W). `sweeps`: the order of the ranks in each, backward (r = k-1 … 0, the
-    paper's) or forward.
+    δ = 0 gives SVD-LLM(W). `sweeps`: the order of the ranks in each, backward (r = k-1
+    … 0, the paper's) or forward.
     """
     Wp = W @ S.to(W.dtype)                                      # line 1, Eq. 1: W' = WS
     P = 1 + delta * I
@@ -174,11 +183,11 @@ def air(W, S, I, k, delta=2.0, sweeps=("backward",)):
     return U, V, Losses(act, before, after, zero)
 
 
-# -------------------------------------------------------------------------------- what it is compared with
+# ------------------------------------------------------------ what it is compared with
 def svdllm(W, S, k):
-    """SVD-LLM(W): truncate WS, multiply by S⁻¹; the optimum of L_act. Source: Wang et al., 2025.
+    """SVD-LLM(W): truncate WS, multiply by S⁻¹; the optimum of L_act.
 
-    Proposition A.1: AIR with δ = 0.
+    Proposition A.1: AIR with δ = 0. Source: Wang et al., 2025.
     """
     return native_factors(*truncated_svd(W @ S.to(W.dtype), k), S)
 
@@ -194,8 +203,8 @@ def svd(W, k, d=None):
 def fwsvd(W, fisher, k, axis="in"):
     """FWSVD: weight W by √ of the Fisher information (m, n) summed along one axis.
 
-    axis "in" weights the inputs, PyTorch's columns; they are the rows of that paper, which writes
-    Z = XW. "out": the outputs. Source: Hsu et al., 2022.
+    axis "in" weights the inputs, PyTorch's columns; they are the rows of that paper,
+    which writes Z = XW. "out": the outputs. Source: Hsu et al., 2022.
     """
     if axis == "out":
         U, V = svd(W.T, k, (fisher.sum(1) + 1e-5).sqrt())
@@ -211,16 +220,18 @@ def asvd(W, mean_abs, k, alpha=0.5):
     return svd(W, k, mean_abs**alpha + 1e-6)
 
 
-# -------------------------------------------------------------------------------- statistics, in order
+# ------------------------------------------------------------ statistics, in order
 def statistics(ckpt, windows, device, dtype, blocks, signal=None):
-    """Yield (l, stats) of every block in `blocks`: ΣXXᵀ, mean |x| and, for a backward signal, I.
+    """Yield (l, stats) of every block in `blocks`: ΣXXᵀ, mean |x|, a backward signal's I.
 
-    One block's at a time, which is why no more than one is ever in memory. support/large.py has the
-    same for statistics that are kept, spilled or divided among processes.
+    One block's at a time, which is why no more than one is ever in memory.
+    support/large.py has the same for statistics that are kept, spilled or divided among
+    processes.
     """
-    if signal is None:                                          # one forward sweep is enough
+    if signal is None:                                       # one forward sweep is enough
         h = embed(ckpt, windows, dtype)
-        sweep = forward_sweep(ckpt, h, device, gram=True, blocks=range(max(blocks, default=-1) + 1))
+        up_to = range(max(blocks, default=-1) + 1)
+        sweep = forward_sweep(ckpt, h, device, gram=True, blocks=up_to)
     else:
         inputs = {}                                             # {block: its input}
         for _ in forward_sweep(ckpt, embed(ckpt, windows, dtype), device, keep=inputs):
@@ -231,14 +242,14 @@ def statistics(ckpt, windows, device, dtype, blocks, signal=None):
     for l, stats in sweep:
         if l in blocks:
             yield l, stats
-        del stats                                               # before the next block's are collected
+        del stats                                  # before the next block's are collected
         if signal and l == min(blocks):
             return
 
 
 @dataclass
 class Inputs:
-    """What the sweeps collected of one input; q, k and v read the same one, so do gate and up."""
+    """What the sweeps collected of an input; q, k and v share one, so do gate and up."""
 
     reader: str                         # the first layer that reads it
     gram: torch.Tensor | None           # ΣXXᵀ (n, n) fp64
@@ -287,27 +298,29 @@ def layers_of(ckpt, l, stats, ranks, device):
     for name in LAYERS:
         full = f"model.layers.{l}.{name}"
         if READS[name] == name:
-            inputs = Inputs(full, stats.get(f"{name}.gram"), stats.get(f"{name}.mean_abs"))
+            gram = stats.get(f"{name}.gram")
+            inputs = Inputs(full, gram, stats.get(f"{name}.mean_abs"))
         own = [key for key in stats if key.startswith(name + ".")]
         collected = {key.removeprefix(name + "."): stats[key] for key in own}
         W = ckpt.tensor(full + ".weight", device, torch.float32)
         yield Layer(full, W, ranks[full], inputs, collected)
 
 
-# -------------------------------------------------------------------------------- methods and options
+# ------------------------------------------------------------ methods and options
 class Method(NamedTuple):
     """How a weight becomes two factors."""
 
     factors: Callable           # (Layer, Options) -> U (m, k), V (k, n), and air's Losses
-    reads: str                  # of the statistics: "influence", one of SIGNALS, "inputs", "nothing"
+    reads: str       # of the statistics: "influence", one of SIGNALS, "inputs", "nothing"
 
 
 METHODS = {
-    "air": Method(lambda x, o: air(x.W, x.S, normalise(x.influence(o.signal), o.scale), x.k,
-                                   o.delta, (o.order,) * o.sweeps), "influence"),
+    "air": Method(lambda x, o: air(x.W, x.S, normalise(x.influence(o.signal), o.scale),
+                                   x.k, o.delta, (o.order,) * o.sweeps), "influence"),
     "svdllm": Method(lambda x, o: svdllm(x.W, x.S, x.k), "inputs"),
     "svd": Method(lambda x, o: svd(x.W, x.k), "nothing"),
-    "fwsvd": Method(lambda x, o: fwsvd(x.W, x.influence("fisher"), x.k, o.axis), "fisher"),
+    "fwsvd": Method(lambda x, o: fwsvd(x.W, x.influence("fisher"), x.k, o.axis),
+                    "fisher"),
     "asvd": Method(lambda x, o: asvd(x.W, x.mean_abs, x.k), "inputs"),
 }
 
@@ -319,26 +332,35 @@ def option(default, choices=None, help=None):
 
 @dataclass
 class Options:
-    """How weights become factors. Each field is an argument; the defaults are the paper's."""
+    """How weights become factors. Each field is an argument, its default the paper's."""
 
     method: str = option("air", METHODS)
-    signal: str = option("lrp", SIGNALS, "what fills the influence matrix (default lrp, from the last "
-                         "token's top logit; lrp-all: from every token's)")
-    scale: str = option("mean", ("mean", "max100"), "of I: unit mean; max100: the released code's")
+    signal: str = option("lrp", SIGNALS, "what fills the influence matrix (default lrp, "
+                         "from the last token's top logit; lrp-all: from every token's)")
+    scale: str = option("mean", ("mean", "max100"), "of I: unit mean; max100: the released "
+                        "code's")
     delta: float = option(2.0, help="influence weighting strength δ of Eq. 4 (default 2)")
     sweeps: int = option(1, help="ALS sweeps (default 1)")
-    order: str = option("backward", ("backward", "forward"), "ranks k-1 to 0 (default), or 0 to k-1")
-    axis: str = option("in", ("in", "out"), "fwsvd: Fisher information summed per input or output")
+    order: str = option("backward", ("backward", "forward"),
+                        "ranks k-1 to 0 (default), or 0 to k-1")
+    axis: str = option("in", ("in", "out"),
+                       "fwsvd: Fisher information summed per input or output")
 
     @property
     def backward(self):
-        """The signal a backward sweep has to collect; None when the forward sweep is enough."""
+        """The signal a backward sweep must collect; None if the forward one is enough."""
         reads = METHODS[self.method].reads
         signal = self.signal if reads == "influence" else reads
         return signal if signal in SIGNALS and SIGNALS[signal].target else None
 
+    def weights(self):
+        """(signal, δ) of Eq. 4; (backward signal, None) of a method without it."""
+        if METHODS[self.method].reads == "influence":
+            return self.signal, self.delta
+        return self.backward, None
 
-# -------------------------------------------------------------------------------- a block
+
+# ------------------------------------------------------------ a block
 @dataclass
 class Solved:
     """One decomposed layer."""
@@ -347,19 +369,21 @@ class Solved:
     shape: tuple                # (m, n)
     k: int
     losses: Losses
-    shift: float                # what was added to ΣXXᵀ before its Cholesky factor; 0: nothing
+    shift: float           # what was added to ΣXXᵀ before its Cholesky factor; 0: nothing
     seconds: float
     tensors: dict               # {name: tensor} in the checkpoint's dtype
 
 
 def activation_loss(layer, U, V):
-    """L_act = ‖(W − UV)X‖² = tr(D ΣXXᵀ Dᵀ) with D = W − UV, and of the zero matrix, as Losses."""
-    if layer.inputs.gram is None:                               # plain SVD sees no activations
+    """L_act = ‖DX‖² = tr(D ΣXXᵀ Dᵀ) with D = W − UV, and the zero matrix's, as Losses."""
+    if layer.inputs.gram is None:                          # plain SVD sees no activations
         return Losses(None, None, None, None)
-    gram = layer.inputs.gram.to(layer.W.dtype)
-    D = layer.W - U @ V
-    loss, zero = (((each @ gram) * each).sum().item() for each in (D, layer.W))
-    return Losses(loss, None, None, zero)
+    W = layer.W
+    gram = layer.inputs.gram.to(W.dtype)
+    D = W - U @ V
+    act = ((D @ gram) * D).sum().item()
+    zero = ((W @ gram) * W).sum().item()
+    return Losses(act, None, None, zero)
 
 
 def solve(layer, options):
@@ -374,8 +398,8 @@ def compress_block(ckpt, l, stats, ranks, options, device):
     Raises RuntimeError for statistics that are not finite.
     """
     if not all(torch.isfinite(x).all() for x in stats.values()):
-        raise RuntimeError(f"the statistics of block {l} are not finite: activations overflowed; "
-                           "use bfloat16 or float32")
+        raise RuntimeError(f"the statistics of block {l} are not finite: activations "
+                           "overflowed; use bfloat16 or float32")
     start = time.time()
     for layer in layers_of(ckpt, l, stats, ranks, device):
         U, V, losses = solve(layer, options)
@@ -397,16 +421,16 @@ def shapes_of(ckpt, blocks):
 
 
 def pick_ranks(ckpt, blocks, rate):
-    """{layer: rank} of what is decomposed: each layer keeps `rate` of its parameters (Section 4.1).
+    """{layer: rank} of what is decomposed: each keeps `rate` of its parameters.
 
     Raises InputError for a rate outside (0, 1] or one that leaves a layer rank 0.
     """
     if not 0 < rate <= 1:
-        raise InputError(f"--rate is {rate}; expected the fraction of parameters to keep, "
-                         "above 0 and at most 1")
+        raise InputError(f"--rate is {rate}; expected the fraction of parameters to "
+                         "keep, above 0 and at most 1")
     shapes = shapes_of(ckpt, blocks)
     ranks = {layer: rank_at(rate, m, n) for layer, (m, n) in shapes.items()}
-    # A rank costs (m + n)/(mn) of a layer's parameters: where it costs most, ranks are lost first.
+    # A rank costs (m + n)/(mn) of a layer's parameters; ranks are lost first where most.
     layer = max(shapes, key=lambda name: sum(shapes[name]) / math.prod(shapes[name]))
     if ranks[layer] < 1:
         m, n = shapes[layer]
@@ -415,14 +439,14 @@ def pick_ranks(ckpt, blocks, rate):
     return ranks
 
 
-# -------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------ the command
 @dataclass
 class Job:
     """What a run is to do, decided and checked before the first matrix product."""
 
     ckpt: Checkpoint
     options: Options
-    rate: float                 # fraction of the decomposed layers' parameters that is kept
+    rate: float               # fraction of the decomposed layers' parameters that is kept
     blocks: range               # which are decomposed
     ranks: dict                 # {layer: k}
     calib: str                  # calibration text
@@ -442,10 +466,15 @@ class Job:
 
     def facts(self):
         """What a result depends on: a run that goes on must have the same."""
-        code = code_digest(*large.SWEEPS, "air.py", "support/fast.py")
-        return {"checkpoint": self.ckpt.fingerprint(), "windows": digest(self.windows),
-                "dtype": str(self.dtype), "code": code, "rate": self.rate,
-                "layers": f"{self.blocks.start}:{self.blocks.stop}", **asdict(self.options)}
+        return {
+            "checkpoint": self.ckpt.fingerprint(),
+            "windows": digest(self.windows),
+            "dtype": str(self.dtype),
+            "code": code_digest(*large.SWEEPS, "air.py", "support/fast.py"),
+            "rate": self.rate,
+            "layers": f"{self.blocks.start}:{self.blocks.stop}",
+            **asdict(self.options),
+        }
 
 
 def parse_arguments():
@@ -453,16 +482,17 @@ def parse_arguments():
     p.add_argument("--rate", type=float, default=0.6,
                    help="fraction of the layers' parameters that is KEPT (default 0.6)")
     for each in fields(Options):
-        p.add_argument(f"--{each.name}", type=each.type, default=each.default, **each.metadata)
+        p.add_argument("--" + each.name, type=each.type, default=each.default,
+                       **each.metadata)
     add_calibration_arguments(p)
-    p.add_argument("--text", help="evaluation text, or none (default: the test part of the --calib "
-                   "text; a file as it is)")
+    p.add_argument("--text", help="evaluation text, or none (default: the test part of "
+                   "the --calib text; a file as it is)")
     p.add_argument("--layers", default=":", metavar="A:B",
                    help="compress blocks A to B-1 only (default: all)")
-    p.add_argument("--stats", metavar="DIR", help="keep statistics here and use them again; "
-                   "a killed run goes on where it was")
-    p.add_argument("--spill", metavar="DIR", help="keep block inputs here instead of in memory, "
-                   "until they have been used")
+    p.add_argument("--stats", metavar="DIR", help="keep statistics here and use them "
+                   "again; a killed run goes on where it was")
+    p.add_argument("--spill", metavar="DIR", help="keep block inputs here instead of in "
+                   "memory, until they have been used")
     p.add_argument("--out", help="output folder (default: out/NAME-METHOD-RATE)")
     p.add_argument("--overwrite", action="store_true",
                    help="replace an existing output folder once the new one is whole")
@@ -472,7 +502,7 @@ def parse_arguments():
 
 
 def calibration(args, ckpt, method):
-    """(text, windows (N, T)) of the calibration; no windows for a method that reads none."""
+    """(text, windows (N, T)) of the calibration; none for a method that reads none."""
     text, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
     if METHODS[method].reads == "nothing":
         return text, torch.empty(0, seqlen, dtype=torch.long)
@@ -480,7 +510,7 @@ def calibration(args, ckpt, method):
 
 
 def evaluation(args, ckpt, calib, seqlen):
-    """(text, (windows, tokens in the text, tokens a byte)) of the evaluation, or ("none", None)."""
+    """(text, what evaluation_windows returns) of the evaluation, or ("none", None)."""
     text = args.text or calib
     if text == "none":
         return text, None
@@ -491,7 +521,7 @@ def evaluation(args, ckpt, calib, seqlen):
 
 
 def prepare(args):
-    """Arguments -> Job. Whatever can be wrong with them is looked at here; raises InputError."""
+    """Arguments -> Job. Whatever can be wrong with them raises InputError here."""
     check_writable(args.json)
     ckpt = Checkpoint(args.ckpt)
     if ckpt.cfg.ranks:
@@ -512,47 +542,24 @@ def prepare(args):
     device = large.start_processes(device)
     world = large.processes()[1]
     if 0 < len(windows) < world:
-        raise InputError(f"{len(windows)} windows cannot be divided among {world} processes; "
-                         "expected one for each at least")
+        raise InputError(f"{len(windows)} windows cannot be divided among {world} "
+                         "processes; expected one for each at least")
     return Job(ckpt, options, args.rate, blocks, ranks, calib, windows, text, held_out,
                device, dtype, why, out)
 
 
 def make_plan(job, need, args):
-    """The plan of a run whose result takes `need` bytes; raises InputError where it cannot fit."""
-    signal, shape = job.options.backward, job.windows.shape
+    """The plan of a run whose result takes `need` bytes; InputError if it cannot fit."""
+    signal = job.options.backward
+    shape = job.windows.shape
     plan = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, signal)
     plan.place((f"{job.out}.partial", need), args.spill, args.stats)
     plan.check()
     return plan
 
 
-def header(job, seed):
-    """The first two lines of a run."""
-    versions = f"torch {torch.__version__}, numpy {numpy.__version__}"
-    where = f"{job.device} ({torch.get_num_threads()} threads)"
-    world = large.processes()[1]
-    together = f", {world} processes" if world > 1 else ""
-    N, T = job.windows.shape
-    widest = max(n for _, n, _ in job.cut.values())
-    return (f"{versions}, {where}, {str(job.dtype)[6:]} ({job.why}), seed {seed}{together}\n"
-            f"{job.options.method} at rate {job.rate:g}: {len(job.blocks)} of "
-            f"{job.ckpt.cfg.n_layers} blocks of {job.ckpt.name}; {N} x {T} = {N * T:,} tokens "
-            f"of {job.calib} for inputs up to {widest:,} wide")
-
-
-def layer_line(solved):
-    """A line of progress: layer, shape, rank, losses relative to the zero matrix's, seconds."""
-    m, n = solved.shape
-    act, before, after, zero = solved.losses
-    shown = [act] if after is None else [before, after]
-    dB = [f"{10 * math.log10(max(loss, 1e-30) / zero):.2f} dB" for loss in shown if zero]
-    return (f"{solved.layer:<34} {m:>5} x {n:<5} k {solved.k:<5} {' -> '.join(dB):<22} "
-            f"{solved.seconds:6.2f} s")
-
-
 def sweep_of(job, blocks, args):
-    """(l, stats) of `blocks`: by `statistics` above, or by what support/large.py makes of it."""
+    """(l, stats) of `blocks`, by `statistics` above or support/large.py's form of it."""
     if METHODS[job.options.method].reads == "nothing":
         return ((l, {}) for l in blocks)
     kept = args.stats or args.spill or large.processes()[1] > 1
@@ -562,96 +569,29 @@ def sweep_of(job, blocks, args):
 
 
 def solve_block(job, l, stats, progress):
-    """Block l decomposed, a line of progress a layer -> (its file, {name: tensor}, report).
+    """Block l decomposed, told layer by layer -> (its file, {name: tensor}, note).
 
-    Report: {"ranks": {layer: k}, "loss": {layer: [L_act, before, after]}, "repairs": {layer: shift}}.
+    Note: {"ranks": {layer: k}, "loss": {layer: [L_act, before, after]}, "repairs":
+    {layer: shift}}.
     """
-    tensors, report = {}, {"ranks": {}, "loss": {}, "repairs": {}}
+    tensors = {}
+    note = {"ranks": {}, "loss": {}, "repairs": {}}
     for solved in compress_block(job.ckpt, l, stats, job.ranks, job.options, job.device):
         if solved.shift:
-            progress.say(f"{solved.layer}: ΣXXᵀ is not positive definite; {solved.shift:.0e} of "
-                         "its mean diagonal was added to it")
-            report["repairs"][solved.layer] = solved.shift
-        progress.step(layer_line(solved), large.processes()[1])
+            progress.say(f"{solved.layer}: ΣXXᵀ is not positive definite; "
+                         f"{solved.shift:.0e} of its mean diagonal was added to it")
+            note["repairs"][solved.layer] = solved.shift
+        progress.step(report.layer_line(solved), large.processes()[1])
         tensors |= solved.tensors
-        report["ranks"][solved.layer] = solved.k
-        report["loss"][solved.layer] = solved.losses[:3]
-    return part_of(l), tensors | job.ckpt.rest(l, report["ranks"]), report
-
-
-def finish(job, writer, seed):
-    """Add what is not decomposed and the configuration, move all into place -> the whole report."""
-    report = {"ranks": {}, "loss": {}, "repairs": {}}
-    for l in range(job.ckpt.cfg.n_layers + 1):
-        if part_of(l) not in writer.done:
-            writer.add(part_of(l), job.ckpt.rest(l))
-        for key, values in (writer.done[part_of(l)] or {}).items():
-            report[key] |= values
-    N, T = job.windows.shape
-    section = asdict(job.options) | {
-        "rate": job.rate,
-        "ranks": report["ranks"],
-        "seed": seed,
-        "dtype": str(job.dtype)[6:],
-        "calibration": {"text": job.calib, "samples": N, "seqlen": T, "sha256": digest(job.windows)},
-        "versions": {"torch": torch.__version__, "numpy": numpy.__version__},
-    }
-    writer.finish(job.ckpt.raw | {"air": section}, job.ckpt.extras())
-    return report
-
-
-def count(job, written):
-    """Print and return the parameters of both checkpoints, counted in their files."""
-    dense, small = job.ckpt.parameters(), written.parameters()
-    decomposed = sum(m * n for m, n, _ in job.cut.values())
-    of_layers, of_file = 1 - (dense - small) / decomposed, small / dense
-    print(f"{job.options.method}: {dense:,} -> {small:,} parameters ({of_layers:.2%} of the "
-          f"decomposed layers, {of_file:.2%} of the file): {job.out}")
-    return {"params_dense": dense, "params_compressed": small,
-            "rate_decomposed": of_layers, "rate_file": of_file}
-
-
-def score(job, written, progress, watch):
-    """Evaluate both checkpoints, print and return their perplexities."""
-    if job.evaluation is None:
-        return {"ppl_dense": None, "ppl_compressed": None, "text": None,
-                "seqlen": job.windows.shape[1], "windows": 0}
-    windows, _, tokens_per_byte = job.evaluation
-    N, T = windows.shape
-    scores = []
-    for which, ckpt in (("dense", job.ckpt), ("compressed", written)):
-        progress.say(f"perplexity of the {which} model …")
-        scores.append(evaluate(ckpt, windows, job.device, job.dtype))
-        warn_nonfinite(scores[-1], windows)
-        watch.lap(f"evaluate_{which}")
-    dense, small = (each["ppl"] for each in scores)
-    print(f"perplexity {dense:.3f} -> {small:.3f}   {job.text}, {N} windows of {T}")
-    if tokens_per_byte:
-        print(per_byte_line(*(bits_per_byte(each, tokens_per_byte) for each in scores)))
-    return {"ppl_dense": dense, "ppl_compressed": small, "text": job.text,
-            "seqlen": T, "windows": N}
-
-
-def summary(job, results, watch):
-    """What --json writes."""
-    o = job.options
-    weighted = METHODS[o.method].reads == "influence"
-    on_gpu = job.device.type == "cuda"
-    return {
-        "method": o.method,
-        "rate": job.rate,
-        "signal": o.signal if weighted else o.backward,
-        "delta": o.delta if weighted else None,
-        **results,
-        "seconds": watch.seconds,
-        "peak_rss_bytes": peak_memory(),
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-    }
+        note["ranks"][solved.layer] = solved.k
+        note["loss"][solved.layer] = solved.losses[:3]
+    return part_of(l), tensors | job.ckpt.rest(l, note["ranks"]), note
 
 
 def main():
     args = parse_arguments()
-    progress, watch = Progress(args.quiet), Stopwatch()
+    progress = Progress(args.quiet)
+    watch = Stopwatch()
 
     # Every check, before the first matrix product.
     job = prepare(args)
@@ -664,7 +604,7 @@ def main():
 
     # Block by block: collect its statistics, replace its weights by factors, write them.
     with writer:
-        progress.say(header(job, args.seed))
+        progress.say(report.header(job, args.seed))
         progress.say(plan.line())
         done = writer.done if first else {}
         left = large.from_first([l for l in job.blocks if part_of(l) not in done])
@@ -683,16 +623,16 @@ def main():
         large.end_processes()
         if not first:
             return
-        report = finish(job, writer, args.seed)
+        reports = report.finish(job, writer, args.seed)
         watch.lap("write")
 
     # The result is read back: what is counted and evaluated is what was written.
     written = Checkpoint(job.out)
-    results = count(job, written) | score(job, written, progress, watch) | report
+    results = report.count(job, written) | report.score(job, written, progress, watch)
     stages = ", ".join(f"{stage} {s:.1f}" for stage, s in watch.seconds.items())
     progress.say(f"{sum(watch.seconds.values()):.0f} s ({stages}), "
                  f"peak memory {peak_memory() / 1e9:.2f} GB")
-    write_json(args.json, summary(job, results, watch))
+    write_json(args.json, report.summary(job, results | reports, watch))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Stage 1: text -> windows of tokens, and the forward sweep: block inputs and Gram matrices ΣXXᵀ.
+"""Stage 1: text -> windows of tokens; the forward sweep: block inputs, matrices ΣXXᵀ.
 
-Alone, it prints how well conditioned they are and writes the windows it would calibrate on:
+Alone, it prints how well conditioned they are and writes the windows it would calibrate
+on:
 
     python calibrate.py --ckpt demo --calib stdlib --out w.npy
 
@@ -16,23 +17,24 @@ import torch.nn.functional as F
 from model import INPUTS, PLAIN, rope, wide
 from support.checkpoint import Checkpoint
 from support.script import check_writable, parser, pick_device, run
-from support.texts import (Tokenizer, digest, own_windows, rows_of, token_array, too_short,
-                           with_defaults)
+from support.texts import (Tokenizer, digest, own_windows, rows_of, token_array,
+                           too_short, with_defaults)
 
 
-# -------------------------------------------------------------------------------- windows
+# ------------------------------------------------------------ windows
 def calibration_windows(text, ckpt, samples=256, seqlen=2048, seed=3):
     """Calibration windows (samples, seqlen) of token ids.
 
-    As the paper's released code takes them: rows joined by a blank line (blank rows dropped), a
-    start uniform in characters, 10·T characters tokenized, the first T tokens kept, shorter ones
-    drawn again. Raises InputError for a text shorter than one window.
+    As the paper's released code takes them: rows joined by a blank line (blank rows
+    dropped), a start uniform in characters, 10·T characters tokenized, the first T
+    tokens kept, shorter ones drawn again. Raises InputError for a text shorter than one
+    window.
     """
     if text.endswith(".npy"):
         return windows_of_array(text, ckpt, samples, seqlen, seed)
     rng = random.Random(seed)
-    tokenizer = Tokenizer(ckpt)
     joined = "\n\n".join(row for row in rows_of(text, "train") if row.strip())
+    tokenizer = Tokenizer(ckpt)
     span = 10 * seqlen                                          # characters
     if len(joined) <= span:
         raise too_short(text, len(joined) // 10, seqlen)
@@ -48,7 +50,7 @@ def calibration_windows(text, ckpt, samples=256, seqlen=2048, seed=3):
 
 
 def windows_of_array(text, ckpt, samples, seqlen, seed):
-    """The windows of a 2-D .npy file as they are; of a 1-D one `samples`, starts uniform in tokens."""
+    """The windows of a 2-D .npy file; of a 1-D one `samples`, uniform in their start."""
     own = own_windows(text, ckpt)
     if own is not None:
         return own
@@ -65,9 +67,9 @@ def embed(ckpt, windows, dtype):
     return F.embedding(windows, ckpt.tensor("model.embed_tokens.weight", dtype=dtype))
 
 
-# -------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------ statistics
 def recording(ops, seen):
-    """The operations `ops`, whose linear also notes each layer's input: seen[layer] = x."""
+    """The operations `ops`, whose linear also notes a layer's input: seen[layer] = x."""
     def linear(layer, x):
         seen[layer] = x.detach()
         return ops.linear(layer, x)
@@ -80,7 +82,7 @@ def add(stats, key, value):
 
 
 def add_inputs(stats, block, seen, tokens):
-    """Add a batch to the statistics of a block's four distinct inputs; `tokens` in all batches.
+    """Add a batch to the statistics of a block's four inputs; `tokens` in all batches.
 
     Products in fp32 (fp64 for an fp64 model), sums in fp64.
     """
@@ -92,19 +94,19 @@ def add_inputs(stats, block, seen, tokens):
         add(stats, f"{name}.mean_abs", x.abs().sum(0) / tokens)
 
 
-# -------------------------------------------------------------------------------- the sweep
+# ------------------------------------------------------------ the sweep
 @torch.no_grad()
 def forward_sweep(ckpt, h, device, gram=False, keep=None, blocks=None):
-    """Run every window through `blocks` (a range; default: all), one block's weights at a time.
+    """Run every window through `blocks` (a range; default: all), one at a time in memory.
 
-    h (N, T, dim), in host memory, the first block's input, is replaced in place by each block's
-    output, unless there is `keep`, a dict: it receives {l: block l's input} and, under the number
-    after the last block's, the last output. Yields (l, stats) after block l; with `gram`, stats
-    holds what add_inputs collects.
+    h (N, T, dim), in host memory, the first block's input, is replaced in place by each
+    block's output, unless there is `keep`, a dict: it receives {l: block l's input}
+    and, under the number after the last block's, the last output. Yields (l, stats)
+    after block l; with `gram`, stats holds what add_inputs collects.
     """
     blocks = range(ckpt.cfg.n_layers) if blocks is None else blocks
     angles = rope(ckpt.cfg, h.shape[1], device)
-    batch = max(1, 1024 // h.shape[1])                              # about a thousand tokens
+    batch = max(1, 1024 // h.shape[1])                           # about a thousand tokens
     for l in blocks:
         block = ckpt.block(l, device, h.dtype)
         stats = {}
@@ -125,14 +127,16 @@ def forward_sweep(ckpt, h, device, gram=False, keep=None, blocks=None):
         keep[blocks.stop] = h
 
 
-# -------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------ the command
 def add_calibration_arguments(p):
-    p.add_argument("--calib", help="calibration text: stdlib, wikitext2 (default; demo stdlib), c4, "
-                   "or a file's path")
-    p.add_argument("--samples", type=int, help="calibration windows (default 256; demo 64)")
-    p.add_argument("--seqlen", type=int, help="tokens a window, calibration and evaluation "
-                   "(default 2048; demo 256)")
-    p.add_argument("--seed", type=int, default=3, help="of the windows' starts (default 3)")
+    p.add_argument("--calib", help="calibration text: stdlib, wikitext2 (default; demo "
+                   "stdlib), c4, or a file's path")
+    p.add_argument("--samples", type=int,
+                   help="calibration windows (default 256; demo 64)")
+    p.add_argument("--seqlen", type=int,
+                   help="tokens a window, both texts (default 2048; demo 256)")
+    p.add_argument("--seed", type=int, default=3,
+                   help="of the windows' starts (default 3)")
 
 
 def main():

@@ -1,11 +1,11 @@
-"""Stage 4: perplexity of a dense or compressed checkpoint, and the divergence between two.
+"""Stage 4: perplexity of a dense or compressed checkpoint, divergence between two.
 
     python eval_ppl.py --ckpt llama7b.safetensors --text wikitext2
     python eval_ppl.py --ckpt out/demo-air-0.6 --against demo
 
-Convention: the text's rows joined by a blank line, tokenized once with one BOS, cut into ⌊tokens/T⌋
-disjoint windows of T, T-1 targets each. WikiText-2 raw test is 341,469 LLaMA tokens, 166 windows of
-2,048.
+Convention: the text's rows joined by a blank line, tokenized once with one BOS, cut
+into ⌊tokens/T⌋ disjoint windows of T, T-1 targets each. WikiText-2 raw test is 341,469
+LLaMA tokens, 166 windows of 2,048.
 
 Shapes: N windows, T tokens a window.
 """
@@ -18,14 +18,17 @@ import torch.nn.functional as F
 from calibrate import embed, forward_sweep
 from model import to_logits
 from support.checkpoint import Checkpoint
-from support.script import InputError, check_writable, parser, pick_device, run, write_json
-from support.texts import (Tokenizer, own_windows, rows_of, token_array, too_short, with_defaults)
+from support.script import (InputError, check_writable, parser, pick_device, run,
+                            write_json)
+from support.texts import (Tokenizer, own_windows, rows_of, token_array, too_short,
+                           with_defaults)
 
 
 def evaluation_windows(text, ckpt, seqlen=2048):
-    """Every disjoint window of a text: ((N, seqlen) ids, tokens in the text, tokens a UTF-8 byte).
+    """Every disjoint window of a text: ((N, seqlen) ids, tokens in all, tokens a byte).
 
-    The last is None for a .npy file. Raises InputError for a text shorter than one window.
+    The last is None for a .npy file. Raises InputError for a text shorter than one
+    window.
     """
     per_byte = None
     if text.endswith(".npy"):
@@ -34,8 +37,8 @@ def evaluation_windows(text, ckpt, seqlen=2048):
             return own, own.numel(), None
         ids = token_array(text, ckpt)
     else:
-        tokenizer = Tokenizer(ckpt)
         joined = "\n\n".join(rows_of(text, "test"))
+        tokenizer = Tokenizer(ckpt)
         ids = torch.tensor(tokenizer.bos + tokenizer.encode(joined))
         per_byte = len(ids) / max(1, len(joined.encode()))
     n = len(ids) // seqlen
@@ -46,7 +49,7 @@ def evaluation_windows(text, ckpt, seqlen=2048):
 
 @torch.no_grad()
 def last_states(ckpt, windows, device, dtype):
-    """(The last block's output (N, T, dim) in host memory, the checkpoint): what `evaluate` reads."""
+    """(The last block's output (N, T, dim) in host memory, ckpt): `evaluate` reads it."""
     h = embed(ckpt, windows, dtype)
     for _ in forward_sweep(ckpt, h, device):
         pass
@@ -54,7 +57,7 @@ def last_states(ckpt, windows, device, dtype):
 
 
 def js_divergence(logits_p, logits_q):
-    """Jensen-Shannon divergence of softmax(p) and softmax(q), (…, vocab) -> (…), in bits, 0 to 1.
+    """Jensen-Shannon divergence of softmax(p), softmax(q): (…, vocab) -> (…), in bits.
 
     ½ KL(p‖m) + ½ KL(q‖m) with m = (p + q)/2.
     """
@@ -67,12 +70,12 @@ def js_divergence(logits_p, logits_q):
 
 @torch.no_grad()
 def evaluate(ckpt, windows, device, dtype, against=None):
-    """Next-token loss over windows (N, T): {"nll" nats a token, "ppl", "js", "nonfinite" tokens}.
+    """Next-token loss over windows (N, T): {"nll", "ppl", "js", "nonfinite"}.
 
-    Streams block by block, so the model may be larger than memory. A token whose logits are not
-    finite is counted in "nonfinite", and nll and ppl are then NaN: no token is dropped. js, bits a
-    token, is the mean divergence to another checkpoint, `against` = last_states(…) of the same
-    windows; None without it.
+    Streams block by block, so the model may be larger than memory. A token whose logits
+    are not finite is counted in "nonfinite", and nll (nats a token) and ppl are then
+    NaN: no token is dropped. js, bits a token, is the mean divergence to another
+    checkpoint, `against` = last_states(…) of the same windows; None without it.
     """
     states = [last_states(ckpt, windows, device, dtype)] + ([against] if against else [])
     heads = [each.head(device, dtype) for _, each in states]
@@ -97,7 +100,7 @@ def evaluate(ckpt, windows, device, dtype, against=None):
 
 
 def per_byte_line(*bits):
-    """'per byte   2.1572 -> 2.4700': perplexities a byte, which depend on no tokenizer."""
+    """'per byte   2.1572 -> 2.4700': perplexities a byte, whatever the tokenizer."""
     return "per byte   " + " -> ".join(f"{2 ** each:.4f}" for each in bits)
 
 
@@ -108,11 +111,13 @@ def bits_per_byte(score, tokens_per_byte):
 
 def warn_nonfinite(score, windows):
     if score["nonfinite"]:
-        print(f"{score['nonfinite']:,} of {windows[:, 1:].numel():,} tokens have logits that are not "
+        tokens = windows[:, 1:].numel()
+        print(f"{score['nonfinite']:,} of {tokens:,} tokens have logits that are not "
               "finite: the perplexity is not a number", file=sys.stderr)
 
 
-def main():
+# ------------------------------------------------------------ the command
+def parse_arguments():
     p = parser(__doc__)
     p.add_argument("--text", help="stdlib, wikitext2 (default; demo stdlib), c4, "
                    "or a .txt, .raw, .jsonl, .npy file")
@@ -120,23 +125,36 @@ def main():
     p.add_argument("--against", metavar="DENSE",
                    help="also report the Jensen-Shannon divergence to this checkpoint")
     p.add_argument("--json", metavar="FILE", help="write the results to FILE")
-    args = p.parse_args()
-    check_writable(args.json)
+    return p.parse_args()
+
+
+def open_both(args):
+    """(checkpoint, the one to compare it with or None). Raises InputError."""
     ckpt = Checkpoint(args.ckpt)
-    against = Checkpoint(args.against) if args.against else None
-    if against and against.cfg.vocab != ckpt.cfg.vocab:
-        raise InputError(f"--against has {against.cfg.vocab} token ids, --ckpt {ckpt.cfg.vocab}; "
-                         "expected the same")
+    if args.against is None:
+        return ckpt, None
+    against = Checkpoint(args.against)
+    if against.cfg.vocab != ckpt.cfg.vocab:
+        raise InputError(f"--against has {against.cfg.vocab} token ids, "
+                         f"--ckpt {ckpt.cfg.vocab}; expected the same")
+    return ckpt, against
+
+
+def main():
+    args = parse_arguments()
+    check_writable(args.json)
+    ckpt, against = open_both(args)
     device, dtype, why = pick_device(args.device, args.dtype)
     text, _, seqlen = with_defaults(ckpt, args.text, None, args.seqlen)
     if against:
-        with_defaults(against, text, None, seqlen)      # its context must hold the windows too
+        # Its context must hold the windows, too.
+        with_defaults(against, text, None, seqlen)
     windows, tokens, tokens_per_byte = evaluation_windows(text, ckpt, seqlen)
 
     print(f"{args.ckpt} on {device}, {str(dtype)[6:]} ({why})", file=sys.stderr)
     dense = last_states(against, windows, device, dtype) if against else None
     result = evaluate(ckpt, windows, device, dtype, dense)
-    result["bits_per_byte"] = bits = bits_per_byte(result, tokens_per_byte)
+    bits = bits_per_byte(result, tokens_per_byte)
     warn_nonfinite(result, windows)
     print(f"perplexity {result['ppl']:.4f}   {text}, {len(windows)} windows of {seqlen} "
           f"({tokens:,} tokens in the text)")
@@ -144,9 +162,10 @@ def main():
         print(f"{per_byte_line(bits)}   {bits:.4f} bits a byte")
     if against:
         # Table 12 prints the same quantity as a negative percentage: -100 % is disjoint.
-        print(f"JS divergence {result['js']:.4f} bits   (paper's sign: {-100 * result['js']:.1f} %)")
-    write_json(args.json, result | {"tokens": tokens, "windows": len(windows), "seqlen": seqlen,
-                                    "text": text})
+        js = result["js"]
+        print(f"JS divergence {js:.4f} bits   (paper's sign: {-100 * js:.1f} %)")
+    measured = {"tokens": tokens, "windows": len(windows), "seqlen": seqlen, "text": text}
+    write_json(args.json, result | {"bits_per_byte": bits} | measured)
 
 
 if __name__ == "__main__":

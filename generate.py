@@ -1,16 +1,16 @@
-"""Stage 5: generate text with a dense or compressed checkpoint (Section 4.3 and Appendix A.4).
+"""Stage 5: generate text with a dense or compressed checkpoint (Section 4.3, A.4).
 
     python generate.py --ckpt out/demo-air-0.6 --prompt "def main("
-    python generate.py --ckpt out/demo-air-0.6 --prompt-file prompts.txt --temperature 0 --stats
+    python generate.py --ckpt out/demo-air-0.6 --prompt-file prompts.txt --stats
 
-Decoding reads every weight and the whole cache once a token, so what is cached decides what
-compression saves. O1: keys are rotated once, when they are written. O2: values are cached as V_kᵀx,
-r_v numbers a token, and U_k is applied to their weighted sum (Eq. 28). O3: the cache is allocated
-once and written in place.
+Decoding reads every weight and the whole cache once a token, so what is cached decides
+what compression saves. O1: keys are rotated once, when they are written. O2: values are
+cached as V_kᵀx, r_v numbers a token, and U_k is applied to their weighted sum (Eq. 28).
+O3: the cache is allocated once and written in place.
 
-Shapes: B prompts, T new columns, S columns of the cache, H heads, G kv heads, D head size, r rank of
-a V_kᵀ. Prompts are padded on the left: all rows end in the same column, and a row's position is its
-column minus its `start`.
+Shapes: B prompts, T new columns, S columns of the cache, H heads, G kv heads, D head
+size, r rank of a V_kᵀ. Prompts are padded on the left: all rows end in the same column,
+and a row's position is its column minus its `start`.
 """
 import math
 import sys
@@ -26,15 +26,15 @@ from support.fast import Graphs, Matrix, SharedInput, align
 from support.script import InputError, free_bytes, parser, pick_device, run
 from support.texts import Continuation, Tokenizer, read_prompts
 
-CHUNK = 2048        # columns × rows of one piece of a prompt: bounds the memory of the prefill
+CHUNK = 2048   # columns × rows of one piece of a prompt: bounds the memory of the prefill
 
 
-# -------------------------------------------------------------------------------- sampling
+# ------------------------------------------------------------ sampling
 def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Probabilities (…, vocab) of the next token: softmax(logits/temperature), then filtered.
+    """Probabilities (…, vocab) of the next token: softmax(logits/temperature), filtered.
 
-    To the `top_k` most likely tokens (0: all), then to the fewest whose probability reaches `top_p`.
-    Temperature 0: all on the largest logit.
+    To the `top_k` most likely tokens (0: all), then to the fewest whose probability
+    reaches `top_p`. Temperature 0: all on the largest logit.
     """
     if temperature == 0:
         best = logits.argmax(-1, keepdim=True)
@@ -49,7 +49,7 @@ def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
         probs = probs / probs.sum(-1, keepdim=True)
     if top_p < 1:
         before = probs.cumsum(-1) - probs
-        probs = probs * (before < top_p)            # drop what begins at or beyond the nucleus
+        probs = probs * (before < top_p)       # drop what begins at or beyond the nucleus
     probs = probs / probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter_(-1, order, probs)
 
@@ -61,26 +61,28 @@ class Sampling:
     temperature: float = 1.0    # 0 takes the most likely token
     top_k: int = 0              # from the k most likely tokens; 0: from all
     top_p: float = 1.0          # from the likeliest tokens that together reach p
-    penalty: float = 1.0        # divides positive, multiplies negative logits of tokens already there
+    penalty: float = 1.0        # divides positive, multiplies logits < 0 of tokens seen
     seed: int = 0               # row b draws with seed + b
 
 
 class Sampler:
-    """Draws the next tokens (B,) from logits (B, vocab); -1 for a row whose logits are not finite.
+    """Draws the next tokens (B,) from logits (B, vocab); -1 where these are not finite.
 
-    Row b takes one uniform number a token from a CPU generator of its own, whatever stands beside it
-    and whatever the device. The penalty is CTRL's (Keskar et al., 2019).
+    Row b takes one uniform number a token from a CPU generator of its own, whatever
+    stands beside it and whatever the device. The penalty is CTRL's (Keskar et al.,
+    2019).
     """
 
     def __init__(self, prompts, vocab, steps, device, sampling):
         self.sampling = sampling
-        uniform, seen = [], []
+        uniform = []
+        seen = []
         for b, ids in enumerate(prompts):
             generator = torch.Generator().manual_seed(sampling.seed + b)
             uniform.append(torch.rand(steps, generator=generator, dtype=torch.float64))
             seen.append(torch.bincount(torch.tensor(ids), minlength=vocab) > 0)
-        self.uniform = torch.stack(uniform, dim=1).to(device)                   # (steps, B)
-        self.seen = torch.stack(seen).to(device)                                # (B, vocab)
+        self.uniform = torch.stack(uniform, dim=1).to(device)                 # (steps, B)
+        self.seen = torch.stack(seen).to(device)                              # (B, vocab)
         # How many were drawn: a tensor, so that a captured step can count.
         self.drawn = torch.zeros(1, dtype=torch.long, device=device)
 
@@ -104,7 +106,7 @@ class Sampler:
         return torch.where(self.seen, lowered, logits)
 
     def draw(self, probs):
-        """One token a row by inversion: the first whose cumulated probability exceeds u."""
+        """One token a row by inversion: the first with cumulated probability above u."""
         cdf = probs.double().cumsum(-1)
         u = self.uniform.index_select(0, self.drawn).T                          # (B, 1)
         self.drawn += 1
@@ -112,32 +114,36 @@ class Sampler:
         return beyond.int().argmax(-1)
 
 
-# -------------------------------------------------------------------------------- the cache
+# ------------------------------------------------------------ the cache
 def value_shape(cfg, l, o2=True):
-    """(heads, width) of a cached value in block l: (1, r_v) where that is the smaller, else (G, D)."""
+    """(heads, width) of a cached value in block l: (1, r_v) if less, else (G, D)."""
     r = cfg.ranks.get(f"model.layers.{l}.self_attn.v_proj")
-    low_rank = o2 and r and r < cfg.n_kv_heads * cfg.head_dim
-    return (1, r) if low_rank else (cfg.n_kv_heads, cfg.head_dim)
+    G = cfg.n_kv_heads
+    D = cfg.head_dim
+    if o2 and r and r < G * D:
+        return 1, r
+    return G, D
 
 
 class Cache:
     """Keys (B, G, S, D) and values (B, G, S, D) or (B, 1, S, r_v) of every block.
 
-    O3, `static`: allocated once, zeroed (a masked column must hold finite numbers), written in place.
-    Otherwise grown by concatenation, as most libraries do.
+    O3, `static`: allocated once, zeroed (a masked column must hold finite numbers),
+    written in place. Otherwise grown by concatenation, as most libraries do.
     """
 
     def __init__(self, shapes, B, S, static, like):
         """shapes: of each block ((heads, width) of a key, (heads, width) of a value)."""
         self.static = static
         columns = S if static else 0
-        self.k, self.v = [], []
+        self.k = []
+        self.v = []
         for (heads, width), (v_heads, v_width) in shapes:
             self.k.append(like.new_zeros(B, heads, columns, width))
             self.v.append(like.new_zeros(B, v_heads, columns, v_width))
 
     def write(self, l, k, v, step):
-        """Write k, v (B, heads, T, width) into a step's columns of block l; returns those it sees."""
+        """Write k, v (B, heads, T, width) into a step's columns; returns what it sees."""
         for store, new in ((self.k, k), (self.v, v)):
             if self.static:
                 store[l].index_copy_(2, step.columns, new)
@@ -151,73 +157,81 @@ class Cache:
 
 @dataclass
 class Step:
-    """Where the new columns of one forward pass stand and what they see; the same in all blocks."""
+    """Where the new columns of a forward pass stand and what they see, in all blocks."""
 
     columns: torch.Tensor       # (T,) of the cache, where the new tokens go
     span: int                   # how many columns of the cache there are to see
     rotation: list              # RoPE's (cos, sin) at the new tokens' positions
-    rotations: list | None      # … at those of the whole span: without O1 keys are rotated late
-    mask: torch.Tensor | None   # what is added to the scores; None: nothing is to be masked
+    rotations: list | None      # … at those of the whole span, without O1
+    mask: torch.Tensor | None   # added to the scores; None: nothing is masked
 
 
-# -------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------ attention
 def cached_attention(q, k, v, mask):
-    """softmax(q kᵀ/√D + mask) v: q (B, G, H/G·T, D); k, v (B, G, S, D) -> (B, G, H/G·T, D)."""
+    """softmax(q kᵀ/√D + mask) v: q (B, G, H/G·T, D); k, v (B, G, S, D) -> as q."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def low_rank_attention(q, k, v, U, bias, mask):
-    """One query against values of rank r: q (B, G, H/G, D), k (B, G, S, D), v (B, 1, S, r), U (G, r, D).
+    """Attention of one query over values of rank r.
 
-    Eq. 28: Σ_t a_t W_v x_t = U_k (Σ_t a_t V_kᵀx_t): the r numbers a token are summed, and U_k is
-    applied once a head. A bias (G·D,) of the values comes after it: the a_t sum to 1.
-    Returns (B, G, H/G, D).
+    q (B, G, H/G, D), k (B, G, S, D), v (B, 1, S, r), U (G, r, D) -> (B, G, H/G, D).
+    Eq. 28: Σ_t a_t W_v x_t = U_k (Σ_t a_t V_kᵀx_t): the r numbers a token are summed,
+    and U_k is applied once a head. A bias (G·D,) of the values comes after it: the a_t
+    sum to 1. Returns (B, G, H/G, D).
     """
-    B, G, heads, D = q.shape                                    # heads: query heads a kv head
+    B, G, heads, D = q.shape                                # heads: query heads a kv head
     scores = (q * D ** -0.5) @ k.mT                             # (B, G, H/G, S)
     if mask is not None:
         scores = scores + mask
     a = wide(scores).softmax(-1).to(v.dtype)
-    mixed = a.flatten(1, 2)[:, None] @ v                        # Σ a_t V_kᵀx_t         (B, 1, H, r)
+    mixed = a.flatten(1, 2)[:, None] @ v              # Σ a_t V_kᵀx_t         (B, 1, H, r)
     mixed = mixed.view(B, G, heads, -1).transpose(0, 1)         # (G, B, H/G, r)
-    y = torch.bmm(mixed.flatten(1, 2), U)                       # U_k, once a head    (G, B·H/G, D)
+    y = torch.bmm(mixed.flatten(1, 2), U)              # U_k, once a head    (G, B·H/G, D)
     if bias is not None:
         y = y + bias.view(G, 1, D)
     return y.view(G, B, heads, D).transpose(0, 1)
 
 
-# -------------------------------------------------------------------------------- the decoder
+# ------------------------------------------------------------ the decoder
 class CachedBlock:
     """A block prepared for decoding: what reads the same input shares a product."""
 
     def __init__(self, block, cfg, l, o2, fuse):
-        att, mlp = block.self_attn, block.mlp
-        self.cfg, self.l = cfg, l
-        self.norms = block.input_layernorm.weight, block.post_attention_layernorm.weight
+        att = block.self_attn
+        mlp = block.mlp
+        self.cfg = cfg
+        self.l = l
+        self.attention_norm = block.input_layernorm.weight
+        self.mlp_norm = block.post_attention_layernorm.weight
         self.qkv = SharedInput(att.q_proj, att.k_proj, att.v_proj, fuse=fuse)
         self.o = SharedInput(att.o_proj)
         self.gate_up = SharedInput(mlp.gate_proj, mlp.up_proj, fuse=fuse)
         self.down = SharedInput(mlp.down_proj)
         # O2: U_k by kv head, (G, r, D), where the values are cached as V_kᵀx.
         self.U = None
+        full = (cfg.n_kv_heads, cfg.head_dim)
         self.value_shape = value_shape(cfg, l, o2)
-        if self.value_shape != (cfg.n_kv_heads, cfg.head_dim):
-            self.U = att.v_proj.U.weight.unflatten(0, (cfg.n_kv_heads, cfg.head_dim)).mT
+        if self.value_shape != full:
+            self.U = att.v_proj.U.weight.unflatten(0, full).mT
 
     def __call__(self, x, cache, step):
         """x (B, T, dim) -> (B, T, dim); writes the new columns of `cache`."""
-        h = self.rms_norm(x, self.norms[0])
+        h = self.rms_norm(x, self.attention_norm)
         x = x + self.o(self.attention(h, cache, step))[0]
-        gate, up = self.gate_up(self.rms_norm(x, self.norms[1]))        # (B, T, hidden)
+        gate, up = self.gate_up(self.rms_norm(x, self.mlp_norm))        # (B, T, hidden)
         return x + self.down(F.silu(gate) * up)[0]
 
     def attention(self, h, cache, step):
         """Attention over the cache: h (B, T, dim) -> (B, T, H·D).
 
-        A kv head's queries stand in one group beside it, so neither keys nor values are repeated.
+        A kv head's queries stand in one group beside it, so neither keys nor values are
+        repeated.
         """
         B, T, _ = h.shape
-        H, G, D = self.cfg.n_heads, self.cfg.n_kv_heads, self.cfg.head_dim
+        H = self.cfg.n_heads
+        G = self.cfg.n_kv_heads
+        D = self.cfg.head_dim
         q, k, v = self.qkv.inner(h)
         q = self.heads(self.qkv.outer(0, q))                            # (B, H, T, D)
         k = self.heads(self.qkv.outer(1, k))                            # (B, G, T, D)
@@ -235,7 +249,7 @@ class CachedBlock:
         if self.U is not None and T == 1:
             y = low_rank_attention(q, k, v, self.U, self.qkv.bias[2], step.mask)
         else:
-            # Many queries: expanding the values once costs less than sums r wide for each of them.
+            # Many queries: values expanded once cost less than sums r wide for each.
             if self.U is not None:
                 v = self.heads(self.qkv.outer(2, v[:, 0]))
             y = cached_attention(q, k, v, step.mask)
@@ -246,22 +260,29 @@ class CachedBlock:
         return x.unflatten(-1, (-1, self.cfg.head_dim)).transpose(1, 2)
 
     def rms_norm(self, x, weight):
-        return F.rms_norm(x, weight.shape, weight, self.cfg.norm_eps)   # one kernel on CUDA, not seven
+        # One kernel on CUDA, where model.py's are seven.
+        return F.rms_norm(x, weight.shape, weight, self.cfg.norm_eps)
 
 
 class Decoder:
-    """A model prepared for generation: `prefill` a batch of prompts, then `step` one token a row.
+    """A model prepared for generation: `prefill` a batch, then `step` one token a row.
 
-    o1, o2, o3: see the top of this file. fuse: layers that read the same input share one product.
-    graph: on CUDA a step, drawing included, is captured once and replayed; needs o3. Each can be
-    switched off alone: the logits stay the model's, whose weights are taken over, not copied.
+    o1, o2, o3: see the top of this file. fuse: layers that read the same input share
+    one product. graph: on CUDA a step, drawing included, is captured once and replayed;
+    needs o3. Each can be switched off alone: the logits stay the model's, whose weights
+    are taken over, not copied.
     """
 
     def __init__(self, model, o1=True, o2=True, o3=True, fuse=True, graph=True):
-        self.model, self.cfg = model, model.cfg
-        self.o1, self.o2, self.o3 = o1, o2, o3
-        self.embedding, self.norm = model.model.embed_tokens.weight, model.model.norm.weight
-        self.device, self.dtype = self.embedding.device, self.embedding.dtype
+        self.model = model
+        self.cfg = model.cfg
+        self.o1 = o1
+        self.o2 = o2
+        self.o3 = o3
+        self.embedding = model.model.embed_tokens.weight
+        self.norm = model.model.norm.weight
+        self.device = self.embedding.device
+        self.dtype = self.embedding.dtype
         self.graph = graph and o3 and self.device.type == "cuda"
         self.head = Matrix(model.lm_head.weight)
         if self.device.type == "cuda":
@@ -271,46 +292,53 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, prompts, steps):
-        """Start a batch: `prompts` lists of token ids, room for `steps` more -> logits (B, vocab).
+        """Start a batch: lists of token ids, room for `steps` more -> logits (B, vocab).
 
-        Raises InputError for an empty prompt, one that fills the context, or a batch that would not
-        fit in memory.
+        Raises InputError for an empty prompt, one that fills the context, or a batch
+        that would not fit in memory.
         """
         check_prompts(prompts, self.cfg)
-        self.cache = self.graphs = None                     # the last batch's, freed first
-        B, T = len(prompts), max(map(len, prompts))
+        # The last batch's go first.
+        self.cache = self.graphs = None
+        B = len(prompts)
+        T = max(map(len, prompts))
         self.width = T + steps
         self.check_memory(B, T)
-        ids = torch.stack([F.pad(torch.tensor(row), (T - len(row), 0)) for row in prompts])
-        ids = ids.to(self.device)
-        # Where each row begins; None when all begin in column 0 and no padding is to be masked.
-        start = torch.tensor([T - len(row) for row in prompts], device=self.device)
-        self.start = start if start.any() else None                     # (B,)
-        tables = rope(self.cfg, self.width, self.device)
-        self.angles = [table.to(self.dtype) for table in tables]        # (S, D)
-        keys = self.cfg.n_kv_heads, self.cfg.head_dim
-        shapes = [(keys, block.value_shape) for block in self.blocks]
-        self.cache = Cache(shapes, B, self.width, self.o3, self.embedding)
-        # What a step reads and writes: tensors that stay in place, as a captured step needs.
-        self.token = torch.zeros(B, dtype=torch.long, device=self.device)
-        self.sampler = lambda logits: self.token
-        self.column = torch.tensor([T], device=self.device)             # the next one, there and here
-        self.filled = T
-        self.graphs = Graphs(self.body, self.width) if self.graph else None
+        self.prepare(prompts, B, T)
+        # All rows end in column T - 1.
+        padded = [F.pad(torch.tensor(row), (T - len(row), 0)) for row in prompts]
+        ids = torch.stack(padded).to(self.device)
         # The prompt, piece by piece.
         for columns in torch.arange(T, device=self.device).split(max(1, CHUNK // B)):
             self.logits = self.forward(ids[:, columns], columns, int(columns[-1]) + 1)
         return self.logits
 
+    def prepare(self, prompts, B, T):
+        """What steps read and write: tensors that stay in place, for a captured step."""
+        # Where each row begins; None when all begin in column 0 and nothing is padding.
+        start = torch.tensor([T - len(row) for row in prompts], device=self.device)
+        self.start = start if start.any() else None                     # (B,)
+        tables = rope(self.cfg, self.width, self.device)
+        self.angles = [table.to(self.dtype) for table in tables]        # (S, D)
+        keys = (self.cfg.n_kv_heads, self.cfg.head_dim)
+        shapes = [(keys, block.value_shape) for block in self.blocks]
+        self.cache = Cache(shapes, B, self.width, self.o3, self.embedding)
+        self.token = torch.zeros(B, dtype=torch.long, device=self.device)
+        self.sampler = lambda logits: self.token
+        # The next column, on the device and here.
+        self.column = torch.tensor([T], device=self.device)
+        self.filled = T
+        self.graphs = Graphs(self.body, self.width) if self.graph else None
+
     def step(self, token):
-        """Put `token` (B,) into the next column -> the logits (B, vocab) that follow it."""
+        """Put `token` (B,) into the next column -> the logits (B, vocab) after it."""
         self.token.copy_(token)
         self.advance()
         return self.logits
 
     @torch.no_grad()
     def advance(self):
-        """`token` goes into the next column, `logits` follow, `sampler` draws the next `token`."""
+        """`token` goes into the next column, `logits` follow, the next is drawn."""
         self.filled += 1
         if self.graphs is None:
             self.body(self.filled)
@@ -323,11 +351,12 @@ class Decoder:
         self.column += 1
 
     def forward(self, ids, columns, span):
-        """Token ids (B, T) in `columns` (T,) that see the first `span` -> the last's logits (B, vocab)."""
+        """Ids (B, T) in `columns` (T,) that see `span` of them -> the last logits (B, vocab)."""
         # One query in the last column sees every column: only padding is to be masked.
         alone = ids.shape[1] == 1 and not self.graph
         mask = None if alone and self.start is None else self.mask(columns, span)
-        rotations = None if self.o1 else self.rotation(torch.arange(span, device=self.device))
+        every = torch.arange(span, device=self.device)
+        rotations = None if self.o1 else self.rotation(every)
         step = Step(columns, span, self.rotation(columns), rotations, mask)
         x = F.embedding(ids, self.embedding)                            # (B, T, dim)
         for block in self.blocks:
@@ -336,79 +365,90 @@ class Decoder:
         return self.head(x)[0][:, 0]
 
     def rotation(self, columns):
-        """(cos, sin) at the positions of `columns` (T,): (1, T, D), or (B, 1, T, D) where rows differ."""
+        """(cos, sin) of `columns` (T,): (1, T, D), or (B, 1, T, D) where rows differ."""
         position = columns
         if self.start is not None:
             position = (columns - self.start[:, None]).clamp_min(0)     # (B, T)
         return [table[position].unsqueeze(-3) for table in self.angles]
 
     def mask(self, columns, span):
-        """0 where a query in `columns` (T,) sees a column, -inf elsewhere: (1 or B, 1, H/G·T, span).
+        """0 where a query in `columns` (T,) sees one, else -inf: (·, 1, H/G·T, span).
 
-        It sees those up to its own, from its row's start on. Padding sees itself, so that its own
-        numbers stay finite.
+        It sees those up to its own, from its row's start on. Padding sees itself, so
+        that its own numbers stay finite.
         """
-        every, own = torch.arange(span, device=self.device), columns[:, None]
+        every = torch.arange(span, device=self.device)
+        own = columns[:, None]
         seen = every <= own                                             # (T, span)
         if self.start is not None:
             begun = every >= self.start[:, None, None]                  # (B, 1, span)
             seen = (seen & begun) | (every == own)                      # (B, T, span)
         mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
-        mask = mask.masked_fill_(~seen, -math.inf).view(-1, 1, len(columns), span)
-        return mask.repeat(1, 1, self.cfg.n_heads // self.cfg.n_kv_heads, 1)
+        mask.masked_fill_(~seen, -math.inf)
+        # Every query head of a group sees the same.
+        groups = self.cfg.n_heads // self.cfg.n_kv_heads
+        return mask.view(-1, 1, len(columns), span).repeat(1, 1, groups, 1)
 
     def check_memory(self, B, T):
         free = free_bytes(self.device)
-        need = sum(estimate(self.cfg, (B, T, self.width), self.dtype, self.o1, self.o2, self.o3))
+        shape = (B, T, self.width)
+        need = sum(estimate(self.cfg, shape, self.dtype, self.o1, self.o2, self.o3))
         if free is not None and need > free:
-            raise InputError(f"{B} x {self.width} tokens need about {need / 1e9:.2f} GB beside the "
-                             f"weights, {free / 1e9:.2f} GB are free on {self.device}; generate "
-                             "fewer tokens or fewer prompts at a time, or use --dtype bfloat16")
+            raise InputError(
+                f"{B} x {self.width} tokens need about {need / 1e9:.2f} GB beside the "
+                f"weights, {free / 1e9:.2f} GB are free on {self.device}; generate fewer "
+                "tokens or fewer prompts at a time, or use --dtype bfloat16")
 
 
 def check_prompts(prompts, cfg):
-    """Raise InputError for an empty prompt or one that leaves no room in the model's context."""
+    """Raise InputError for an empty prompt or one that fills the model's context."""
     for n in map(len, prompts):
         if not 0 < n < cfg.context:
-            raise InputError(f"the prompt has {n} tokens; expected 1 to {cfg.context - 1}, "
-                             "below the model's context")
+            raise InputError(f"the prompt has {n} tokens; expected 1 to "
+                             f"{cfg.context - 1}, below the model's context")
 
 
 def estimate(cfg, shape, dtype, o1=True, o2=True, o3=True):
     """(bytes of the cache, bytes of all else beside the weights at its peak).
 
-    shape: B prompts of T tokens, S columns. The peak is a piece of a prompt (its mask and a block's
-    activations) or a step over the whole cache (its scores, as wide as they are summed).
+    shape: B prompts of T tokens, S columns. The peak is a piece of a prompt (its mask
+    and a block's activations) or a step over the whole cache (its scores, as wide as
+    they are summed).
     """
     B, T, S = shape
-    size, keys = dtype.itemsize, cfg.n_kv_heads * cfg.head_dim
+    H = cfg.n_heads
+    G = cfg.n_kv_heads
+    D = cfg.head_dim
+    size = dtype.itemsize
+    keys = G * D
     values = [math.prod(value_shape(cfg, l, o2)) for l in range(cfg.n_layers)]
     cache = B * S * (cfg.n_layers * keys + sum(values)) * size
-    # Copies of one block's keys or full values: expanded values, rotated keys, a grown cache.
+    # Copies of one block's keys or values: values expanded, keys rotated, a cache grown.
     copies = (min(values) < keys) + 3 * (not o1) + (not o3)
     # A piece of a prompt.
     tokens = B * min(T, max(1, CHUNK // B))
-    mask = tokens * S * cfg.n_heads // cfg.n_kv_heads * (size + 1)
-    widths = 4 * cfg.dim + 3 * cfg.n_heads * cfg.head_dim + 4 * cfg.hidden
+    mask = tokens * S * H // G * (size + 1)
+    widths = 4 * cfg.dim + 3 * H * D + 4 * cfg.hidden
     piece = mask + tokens * (widths * size + 8 * cfg.dim)
     # A step: the scores in the model's dtype, and twice in fp32.
-    scores = B * S * cfg.n_heads * (size + 8)
+    scores = B * S * H * (size + 8)
     logits = 6 * 4 * B * cfg.vocab
     return cache, copies * B * S * keys * size + max(piece, scores) + logits
 
 
-# -------------------------------------------------------------------------------- the loop
+# ------------------------------------------------------------ the loop
 def generate(decoder, prompts, max_new_tokens, eos=frozenset(), stop=None, **sampling):
     """Yield, step by step, the B next tokens: ids, None for a row that has ended.
 
-    `prompts`: B lists of token ids. A row ends after `max_new_tokens`, at the end of the model's
-    context, before any id in `eos`, or when stop(row, token), called once for every token, is true.
-    `sampling`: fields of Sampling. Raises InputError as Decoder.prefill does, RuntimeError for
-    logits that are not finite.
+    `prompts`: B lists of token ids. A row ends after `max_new_tokens`, at the end of
+    the model's context, before any id in `eos`, or when stop(row, token), called once
+    for every token, is true. `sampling`: fields of Sampling. Raises InputError as
+    Decoder.prefill does, RuntimeError for logits that are not finite.
     """
     left = [min(max_new_tokens, decoder.cfg.context - len(ids)) for ids in prompts]
     logits = decoder.prefill(prompts, max(left))
-    vocab, drawing = decoder.cfg.vocab, Sampling(**sampling)
+    drawing = Sampling(**sampling)
+    vocab = decoder.cfg.vocab
     decoder.sampler = Sampler(prompts, vocab, max(left), decoder.device, drawing)
     decoder.token.copy_(decoder.sampler(logits))
     while True:
@@ -429,26 +469,27 @@ def generate(decoder, prompts, max_new_tokens, eos=frozenset(), stop=None, **sam
         decoder.advance()
 
 
-# -------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------ the command
 def parse_arguments():
     p = parser(__doc__)
     what = p.add_mutually_exclusive_group()
     what.add_argument("--prompt", default="import ")
-    what.add_argument("--prompt-file", help="one prompt a line, blank lines left out; one batch")
+    what.add_argument("--prompt-file",
+                      help="one prompt a line, blank lines left out; one batch")
     p.add_argument("--max-new-tokens", type=int, default=100)
     p.add_argument("--temperature", type=float, default=0.8,
                    help="0 takes the most likely token (default 0.8)")
     p.add_argument("--top-k", type=int, default=0,
                    help="sample from the k most likely tokens only (default 0: all)")
     p.add_argument("--top-p", type=float, default=1.0,
-                   help="sample from the likeliest tokens that together reach p (default 1)")
+                   help="sample from the likeliest that together reach p (default 1)")
     p.add_argument("--repetition-penalty", type=float, default=1.0,
                    help="above 1: tokens already there become less likely")
     p.add_argument("--seed", type=int, default=0, help="prompt i draws with seed + i")
     p.add_argument("--stop", action="append", default=[],
                    help="end before this text; can be given more than once")
-    p.add_argument("--off", nargs="+", default=[], choices=("o1", "o2", "o3", "fuse", "graph"),
-                   help="switch these off")
+    p.add_argument("--off", nargs="+", default=[], help="switch these off",
+                   choices=("o1", "o2", "o3", "fuse", "graph"))
     p.add_argument("--stats", action="store_true",
                    help="tokens a second, time to the first token, bytes of the cache")
     return p.parse_args()
@@ -456,34 +497,42 @@ def parse_arguments():
 
 def check_arguments(args):
     """Raise InputError for an option out of its range."""
+    heat = args.temperature
     penalty = args.repetition_penalty
-    for option, value, fine, expected in (
-            ("--temperature", args.temperature, 0 <= args.temperature < math.inf, "0 or more"),
-            ("--top-k", args.top_k, args.top_k >= 0, "0 or more"),
-            ("--top-p", args.top_p, 0 < args.top_p <= 1, "above 0 and at most 1"),
-            ("--repetition-penalty", penalty, 0 < penalty < math.inf, "above 0"),
-            ("--stop", args.stop, all(args.stop), "some text"),
-            ("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "1 or more")):
-        if not fine:
+    ranges = {          # option: (value, whether it may be, what is expected)
+        "--temperature": (heat, 0 <= heat < math.inf, "0 or more"),
+        "--top-k": (args.top_k, args.top_k >= 0, "0 or more"),
+        "--top-p": (args.top_p, 0 < args.top_p <= 1, "above 0 and at most 1"),
+        "--repetition-penalty": (penalty, 0 < penalty < math.inf, "above 0"),
+        "--stop": (args.stop, all(args.stop), "some text"),
+        "--max-new-tokens": (args.max_new_tokens, args.max_new_tokens > 0, "1 or more"),
+    }
+    for option, (value, allowed, expected) in ranges.items():
+        if not allowed:
             raise InputError(f"{option} is {value}; expected {expected}")
     if not args.prompt:
         raise InputError("the prompt is empty; expected some text")
 
 
 def speed_line(decoder, marks):
-    """Tokens a second after the first, from (seconds since the start, tokens) of every step."""
-    (first, n), (last, _) = marks[0], marks[-1]
-    later = sum(tokens for _, tokens in marks) - n
-    rate = later / (last - first) if len(marks) > 1 else math.nan
+    """Tokens a second after the first, from (seconds so far, tokens) of every step."""
+    first, _ = marks[0]
+    last, _ = marks[-1]
+    later = sum(tokens for _, tokens in marks[1:])
+    rate = later / (last - first) if later else math.nan
+    rows = len(decoder.token)
     columns = decoder.width if decoder.o3 else decoder.filled
-    return (f"{rate:.1f} tokens/s after the first, which took {first:.3f} s; cache of "
-            f"{len(decoder.token)} x {columns} tokens: {decoder.cache.bytes():,} bytes")
+    size = decoder.cache.bytes()
+    return (f"{rate:.1f} tokens/s after the first, which took {first:.3f} s; "
+            f"cache of {rows} x {columns} tokens: {size:,} bytes")
 
 
 def main():
     args = parse_arguments()
     check_arguments(args)
-    prompts = [args.prompt] if args.prompt_file is None else read_prompts(args.prompt_file)
+    prompts = [args.prompt]
+    if args.prompt_file is not None:
+        prompts = read_prompts(args.prompt_file)
     ckpt = Checkpoint(args.ckpt)
     tokenizer = Tokenizer(ckpt)
     device, dtype, why = pick_device(args.device, args.dtype)
@@ -491,13 +540,18 @@ def main():
     ids = [tokenizer.bos + tokenizer.encode(prompt) for prompt in prompts]
     check_prompts(ids, ckpt.cfg)
     decoder = Decoder(ckpt.model(device, dtype), **{name: False for name in args.off})
+
+    # One prompt is printed as it grows, several when all have ended.
     live = len(ids) == 1
-    texts = [Continuation(prompt, row, tokenizer, args.stop, live) for prompt, row in zip(prompts, ids)]
-    begin, marks = time.perf_counter(), []
+    texts = []
+    for prompt, row in zip(prompts, ids):
+        texts.append(Continuation(prompt, row, tokenizer, args.stop, live))
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
+                "penalty": args.repetition_penalty, "seed": args.seed}
+    begin = time.perf_counter()
+    marks = []                                      # (seconds so far, tokens) of a step
     for drawn in generate(decoder, ids, args.max_new_tokens, tokenizer.eos,
-                          lambda row, token: texts[row].push(token),
-                          temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                          penalty=args.repetition_penalty, seed=args.seed):
+                          lambda b, token: texts[b].push(token), **sampling):
         tokens = sum(token is not None for token in drawn)
         marks.append((time.perf_counter() - begin, tokens))
     for i, text in enumerate(texts, 1):

@@ -1,9 +1,9 @@
-"""Stage 2: the backward sweep: how much each weight influences the model's output (Section 3.1, A.1).
+"""Stage 2: the backward sweep: how much each weight influences the output (Section 3.1).
 
-Relevance follows AttnLRP in gradient form: with g = R / z at every activation z, propagating
-relevance is an ordinary backward pass in which four operations have another derivative. They are
-the functions under "rules"; the block itself is model.py's. Weight×Gradient and Fisher use the same
-sweep with the ordinary operations.
+Relevance follows AttnLRP in gradient form: with g = R / z at every activation z,
+propagating relevance is an ordinary backward pass in which four operations have another
+derivative. They are the functions under "rules"; the block itself is model.py's.
+Weight×Gradient and Fisher use the same sweep with the ordinary operations.
 
 Alone, it prints how influence is spread:  python influence.py --ckpt demo --signal lrp
 
@@ -24,7 +24,7 @@ from support.script import InputError, parser, pick_device, run
 from support.texts import with_defaults
 
 
-# -------------------------------------------------------------------------------- rules
+# ------------------------------------------------------------ rules
 class ScaleGradient(torch.autograd.Function):
     """Identity whose gradient is multiplied by `scale`, a number or a constant tensor."""
 
@@ -51,18 +51,18 @@ def epsilon_linear(layer, x, eps=1e-6):
 
 
 def identity_norm(x, weight, eps):
-    """Identity rule for RMSNorm: 1/rms(x) is a constant, so each input keeps its own relevance."""
+    """Identity rule for RMSNorm: 1/rms(x) is constant, each input keeps its relevance."""
     scale = torch.rsqrt(wide(x).pow(2).mean(-1, keepdim=True) + eps).detach()
     return (wide(x) * scale).to(x.dtype) * weight
 
 
 def identity_silu(x):
-    """Identity rule for SiLU: R_in = R_out, so the derivative becomes silu(x)/x = sigmoid(x)."""
+    """Identity rule for SiLU: R_in = R_out, the derivative is silu(x)/x = sigmoid(x)."""
     return x * torch.sigmoid(x).detach()
 
 
 def uniform(product):
-    """Uniform rule for a product of two activations: each factor receives half of its relevance."""
+    """Uniform rule for a product of two activations: each factor receives half of R."""
     return ScaleGradient.apply(product, 0.5)
 
 
@@ -71,10 +71,10 @@ def uniform_mul(a, b):
 
 
 def uniform_attention(q, k, v):
-    """Uniform rule for both products of attention, and the softmax's plain gradient between them.
+    """Uniform rule for both products of attention, the softmax's plain gradient between.
 
-    Halving the gradients of q and k halves that of their product q·kᵀ, so the fused kernel stays in
-    use; the softmax's plain gradient is AttnLRP's Taylor rule.
+    Halving the gradients of q and k halves that of their product q·kᵀ, so the fused
+    kernel stays in use; the softmax's plain gradient is AttnLRP's Taylor rule.
     """
     return uniform(attention(uniform(q), uniform(k), v))
 
@@ -82,8 +82,8 @@ def uniform_attention(q, k, v):
 def attn_lrp(eps=1e-6):
     """A block's five operations with AttnLRP's derivatives.
 
-    Sums (residuals, biases) need no rule: g is shared as it is. Released code differs: its ε is
-    1e-8 and has no sign.
+    Sums (residuals, biases) need no rule: g is shared as it is. Released code differs:
+    its ε is 1e-8 and has no sign.
     """
     return SimpleNamespace(
         linear=lambda layer, x: epsilon_linear(layer, x, eps),
@@ -94,15 +94,20 @@ def attn_lrp(eps=1e-6):
     )
 
 
-# -------------------------------------------------------------------------------- signals
+# ------------------------------------------------------------ signals
 class Signal(NamedTuple):
-    """What fills the influence matrix I of Eq. 4."""
+    """What fills the influence matrix I of Eq. 4.
 
-    target: str | None          # what is differentiated: "last" (the last token's top logit),
-                                # "every" (every token's), "loss"; None: no backward sweep is needed
-    ops: SimpleNamespace | None         # a block's operations on the way back
-    influence: Callable         # of W and g = ∂target/∂W of one window, the absolute value per
-                                # window; without a target of W and ΣXXᵀ
+    target: what is differentiated. "last": the last token's top logit; "every": the sum
+    of every token's; "loss": the mean cross-entropy; None: nothing, no backward sweep
+    is needed. ops: a block's operations on the way back. influence: of W and g =
+    ∂target/∂W of one window, the absolute value per window; without a target, of W and
+    ΣXXᵀ.
+    """
+
+    target: str | None
+    ops: SimpleNamespace | None
+    influence: Callable
 
 
 SIGNALS = {
@@ -125,12 +130,13 @@ BACKWARD = tuple(name for name, signal in SIGNALS.items() if signal.target)
 def check_signal(signal, dtype):
     """Raise InputError for relevance in fp16, whose range z/(z + ε) leaves."""
     if signal and signal.startswith("lrp") and dtype == torch.float16:
-        raise InputError("the lrp signal overflows in float16; use --dtype bfloat16 or float32")
+        raise InputError("the lrp signal overflows in float16; "
+                         "use --dtype bfloat16 or float32")
 
 
-# -------------------------------------------------------------------------------- the sweep
+# ------------------------------------------------------------ the sweep
 def output_gradient(x, ids, head, cfg, signal):
-    """∂target/∂x (1, T, dim) of a window's last hidden states x; ids (1, T), head as to_logits'."""
+    """∂target/∂x (1, T, dim) of a window's last hidden states x; ids (1, T)."""
     target, ops, _ = SIGNALS[signal]
     x = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -146,7 +152,7 @@ def output_gradient(x, ids, head, cfg, signal):
 
 
 def start_gradient(ckpt, windows, h, device, signal="lrp"):
-    """Replace the last block's output h (N, T, dim), in place, by ∂target/∂h, window by window.
+    """Replace the last block's output h (N, T, dim), in place, by ∂target/∂h.
 
     Raises InputError for lrp in fp16, which overflows.
     """
@@ -159,7 +165,7 @@ def start_gradient(ckpt, windows, h, device, signal="lrp"):
 
 
 def through_block(block, x, g, angles, ops):
-    """One window backward through a block: x (1, T, dim) its input, g the gradient at its output.
+    """One window backward through a block: x (1, T, dim) its input, g at its output.
 
     Returns the gradient at its input and {layer: gradient of W (m, n)}.
     """
@@ -172,25 +178,28 @@ def through_block(block, x, g, angles, ops):
 
 
 def add_influence(stats, block, grads, signal):
-    """Add one window's |Ĩ| to I = Σ_windows |Ĩ| (Section 3.1) of each layer, in fp32 at least."""
+    """Add one window's |Ĩ| to each layer's I = Σ_windows |Ĩ| (Section 3.1)."""
     for name, grad in grads.items():
         W = block.get_submodule(name).weight.detach()
-        value = SIGNALS[signal].influence(W, wide(grad))            # |Ĩ| of this window   (m, n)
+        value = SIGNALS[signal].influence(W, wide(grad))     # |Ĩ| of this window   (m, n)
         key = f"{name}.{signal}"
         stats[key] = stats[key].add_(value) if key in stats else value
 
 
 def block_backward(block, x, g, angles, signal, gram):
-    """All windows backward through a block: x (N, T, dim) its input, g the gradient at its output.
+    """All windows backward through a block: x (N, T, dim) its input, g at its output.
 
     Replaces g in place by the gradient at the input; returns the block's statistics.
     """
-    plain, device, stats = SIGNALS[signal].ops, angles[0].device, {}
+    plain = SIGNALS[signal].ops
+    device = angles[0].device
+    stats = {}
     for d in range(len(g)):
         seen = {}
         ops = recording(plain, seen) if gram else plain
         # The block's forward is computed again, since only its input was kept.
-        window, g_out = x[d:d + 1].to(device), g[d:d + 1].to(device)
+        window = x[d:d + 1].to(device)
+        g_out = g[d:d + 1].to(device)
         g[d:d + 1], grads = through_block(block, window, g_out, angles, ops)
         add_influence(stats, block, grads, signal)
         # A block's gradients are as large as its influence: they go before ΣXXᵀ is taken.
@@ -202,20 +211,22 @@ def block_backward(block, x, g, angles, signal, gram):
 
 
 def backward_sweep(ckpt, inputs, g, device, signal="lrp", gram=False):
-    """Propagate from the last kept block back to the first, each recomputed from its kept input.
+    """Propagate from the last kept block to the first, each run again from its input.
 
-    inputs {l: (N, T, dim)}: what forward_sweep kept, emptied as the sweep proceeds; g (N, T, dim):
-    the gradient at the last one's output, replaced in place by the one at each block's input; both
-    in host memory. Yields (l, stats): stats[f"{name}.{signal}"] is I (m, n), not normalised; with
-    `gram` also what calibrate.add_inputs collects, from the same recomputed forward.
+    inputs {l: (N, T, dim)}: what forward_sweep kept, emptied as the sweep proceeds; g
+    (N, T, dim): the gradient at the last one's output, replaced in place by the one at
+    each block's input; both in host memory. Yields (l, stats):
+    stats[f"{name}.{signal}"] is I (m, n), not normalised; with `gram` also what
+    calibrate.add_inputs collects, from the same recomputed forward.
     """
     angles = rope(ckpt.cfg, g.shape[1], device)
     for l in sorted(inputs, reverse=True):
         # No name here holds the block or its statistics: they go when their turn is over.
-        yield l, block_backward(ckpt.block(l, device, g.dtype), inputs.pop(l), g, angles, signal, gram)
+        yield l, block_backward(
+            ckpt.block(l, device, g.dtype), inputs.pop(l), g, angles, signal, gram)
 
 
-# -------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------ the command
 def main():
     p = parser(__doc__)
     add_calibration_arguments(p)
@@ -225,7 +236,8 @@ def main():
     device, dtype, _ = pick_device(args.device, args.dtype)
     check_signal(args.signal, dtype)
     if ckpt.cfg.ranks:
-        raise InputError(f"{args.ckpt} is compressed; influence is measured on the dense checkpoint")
+        raise InputError(f"{args.ckpt} is compressed; "
+                         "influence is measured on the dense checkpoint")
     text, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
     windows = calibration_windows(text, ckpt, samples, seqlen, args.seed)
     inputs = {}

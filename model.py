@@ -1,8 +1,8 @@
-"""A LLaMA-family transformer by hand: its configuration, the network, and its low-rank layers.
+"""A LLaMA-family transformer by hand: configuration, network, low-rank layers.
 
-Covers LLaMA 1/2/3/3.1, Vicuna, TinyLlama, Mistral and Qwen2.5. Layers carry the names of the
-Hugging Face checkpoints and RoPE is the half-split one, so a checkpoint loads without renaming or
-permuting anything (support/checkpoint.py reads it).
+Covers LLaMA 1/2/3/3.1, Vicuna, TinyLlama, Mistral and Qwen2.5. Layers carry the names
+of the Hugging Face checkpoints and RoPE is the half-split one, so a checkpoint loads
+without renaming or permuting anything (support/checkpoint.py reads it).
 
 Shapes: B windows, T tokens, H heads, G kv heads, D head size, m out, n in, k rank.
 """
@@ -15,10 +15,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-# -------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------ configuration
 @dataclass
 class Config:
-    """The shape of a model; support/checkpoint.py checks a config.json and makes one of it."""
+    """The shape of a model; support/checkpoint.py makes one of a config.json."""
 
     vocab: int                  # token ids
     dim: int                    # width of the residual stream
@@ -33,14 +33,14 @@ class Config:
     rope_scaling: dict = field(default_factory=lambda: {"rope_type": "default"})
     tied: bool = False          # lm_head shares the embedding's weight
     biases: frozenset = frozenset()             # those of LAYERS that carry a bias
-    ranks: dict = field(default_factory=dict)   # {layer: k} of the layers that are low-rank
+    ranks: dict = field(default_factory=dict)   # {layer: k} of the low-rank layers
 
 
-# The seven layers of a block that are decomposed; layer `name` of block l is model.layers.{l}.{name}.
+# The seven layers of a block that are decomposed; of block l: model.layers.{l}.{name}.
 LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
-# The layer whose input each reads: q, k and v share one, so do gate and up, and one ΣXXᵀ serves them.
+# The layer whose input each reads: q, k and v share one, so do gate and up.
 READS = {name: name for name in LAYERS} | {
     "self_attn.k_proj": "self_attn.q_proj",
     "self_attn.v_proj": "self_attn.q_proj",
@@ -49,12 +49,12 @@ READS = {name: name for name in LAYERS} | {
 INPUTS = tuple(dict.fromkeys(READS.values()))       # the four distinct inputs of a block
 
 
-# -------------------------------------------------------------------------------- operations
+# ------------------------------------------------------------ operations
 def rope(cfg, T, device="cpu"):
     """Rotary angles of positions 0 .. T-1 as (cos, sin), each (T, D) fp32.
 
-    Source: RoFormer, half-split layout. "linear" scaling slows all rotations down; LLaMA 3.1's
-    "llama3" those that turn seldom within the old context.
+    Source: RoFormer, half-split layout. "linear" scaling slows all rotations down;
+    LLaMA 3.1's "llama3" those that turn seldom within the old context.
     """
     scaling = cfg.rope_scaling
     exponent = torch.arange(0, cfg.head_dim, 2, device=device).float() / cfg.head_dim
@@ -63,8 +63,9 @@ def rope(cfg, T, device="cpu"):
         freq = freq / scaling["factor"]
     elif scaling["rope_type"] == "llama3":
         turns = freq * scaling["original_max_position_embeddings"] / (2 * math.pi)
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        # From `high` turns on a frequency stays as it is, below `low` it is divided by `factor`.
+        low = scaling["low_freq_factor"]
+        high = scaling["high_freq_factor"]
+        # From `high` turns on a frequency stays, below `low` it is divided by `factor`.
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         slowed = torch.full_like(freq, 1 / scaling["factor"])
         freq = freq * torch.lerp(slowed, torch.ones_like(freq), keep)
@@ -103,8 +104,8 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-# The five operations a block is made of. influence.py passes another set to propagate relevance
-# through the same block.
+# The five operations a block is made of. influence.py passes another set to propagate
+# relevance through the same block.
 PLAIN = SimpleNamespace(
     linear=lambda layer, x: layer(x),
     norm=rms_norm,
@@ -114,7 +115,7 @@ PLAIN = SimpleNamespace(
 )
 
 
-# -------------------------------------------------------------------------------- the network
+# ------------------------------------------------------------ the network
 class LowRank(nn.Module):
     """y = U(Vx) + b: a weight (m, n) of rank k as two factors, V (k, n) and U (m, k)."""
 
@@ -128,7 +129,7 @@ class LowRank(nn.Module):
 
 
 def projection(cfg, l, name, n, m):
-    """Layer `name` of block l, n inputs to m outputs: low-rank where cfg.ranks has a rank for it."""
+    """Layer `name` of block l, n inputs to m outputs; low-rank where cfg.ranks has it."""
     k = cfg.ranks.get(f"model.layers.{l}.{name}")
     bias = name in cfg.biases
     return LowRank(n, m, k, bias) if k else nn.Linear(n, m, bias=bias)
@@ -140,8 +141,9 @@ class Block(nn.Module):
     def __init__(self, cfg, l):
         super().__init__()
         self.cfg = cfg
-        q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
-        self.input_layernorm = nn.RMSNorm(cfg.dim)              # holds a weight; rms_norm computes
+        q = cfg.n_heads * cfg.head_dim
+        kv = cfg.n_kv_heads * cfg.head_dim
+        self.input_layernorm = nn.RMSNorm(cfg.dim)     # holds a weight; rms_norm computes
         self.self_attn = att = nn.Module()
         att.q_proj = projection(cfg, l, "self_attn.q_proj", cfg.dim, q)
         att.k_proj = projection(cfg, l, "self_attn.k_proj", cfg.dim, kv)
@@ -155,7 +157,8 @@ class Block(nn.Module):
 
     def forward(self, x, angles, ops=PLAIN):
         """x (B, T, dim) -> (B, T, dim)."""
-        x = x + self.attend(ops.norm(x, self.input_layernorm.weight, self.cfg.norm_eps), angles, ops)
+        h = ops.norm(x, self.input_layernorm.weight, self.cfg.norm_eps)
+        x = x + self.attend(h, angles, ops)
         h = ops.norm(x, self.post_attention_layernorm.weight, self.cfg.norm_eps)
         # SwiGLU: silu(gate) × up, then back to the width of the stream.
         gate = ops.silu(ops.linear(self.mlp.gate_proj, h))              # (B, T, hidden)
@@ -184,7 +187,7 @@ class Llama(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.model = nn.Module()
-        # nn.Embedding would draw normal numbers, which takes seconds where there are only shapes.
+        # nn.Embedding would draw normal numbers, a second where only shapes are wanted.
         table = torch.rand(cfg.vocab, cfg.dim) - 0.5
         self.model.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.model.layers = nn.ModuleList(Block(cfg, l) for l in range(cfg.n_layers))
@@ -202,6 +205,9 @@ class Llama(nn.Module):
 
 
 def to_logits(x, head, cfg, ops=PLAIN):
-    """The last block's output (B, T, dim) -> logits (B, T, vocab); head: (norm's weight, lm_head)."""
+    """The last block's output (B, T, dim) -> logits (B, T, vocab).
+
+    head: (final norm's weight, lm_head).
+    """
     norm, lm_head = head
     return ops.linear(lm_head, ops.norm(x, norm, cfg.norm_eps))

@@ -1,1 +1,1 @@
-"""A drawer: what makes the six scripts fast, large, safe and polite. Nothing here is needed to understand an equation."""
+"""A drawer: what makes the six scripts fast, large, safe and polite; no equation needs it."""

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: config.json checked, tensors read from memory-mapped files, results written."""
+"""Checkpoints on disk: config.json checked, tensors memory-mapped, results written."""
 import hashlib
 import json
 import os
@@ -15,18 +15,23 @@ from safetensors.torch import load_file, save_file
 from model import LAYERS, Block, Config, Llama
 from support.script import InputError, check_space, read_json, sha256, write_whole
 
-# -------------------------------------------------------------------------------- config.json
-ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+# ------------------------------------------------------------ config.json
+ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM",
+                 "Qwen2ForCausalLM")
 ROPE_KEYS = {       # rope_type: what it needs
     "default": (),
     "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+               "original_max_position_embeddings"),
 }
 REAL = (int, float)
 
 
 def positive(raw, *keys, kind=int):
-    """The value of the first of `keys` that config.json has; InputError unless it is above 0."""
+    """The value of the first of `keys` that config.json has.
+
+    Raises InputError unless it is above 0.
+    """
     value = next((raw[key] for key in keys if raw.get(key) is not None), None)
     if not isinstance(value, kind) or value <= 0:
         raise InputError(f"config.json has no '{keys[0]}' above 0 (found {value!r}); "
@@ -50,7 +55,8 @@ def rope_scaling(raw):
     missing = [key for key in ROPE_KEYS[kind]
                if not isinstance(scaling.get(key), REAL) or scaling[key] <= 0]
     if missing:
-        raise InputError(f"rope_scaling '{kind}' in config.json lacks {', '.join(missing)} above 0")
+        raise InputError(f"rope_scaling '{kind}' in config.json lacks "
+                         f"{', '.join(missing)} above 0")
     return scaling | {"rope_type": kind}
 
 
@@ -88,8 +94,8 @@ def biased(raw):
 def longest_window(raw):
     """The context in tokens.
 
-    Not in the paper: a sliding window is not computed. Up to its width it equals full attention,
-    so it bounds the context instead.
+    Not in the paper: a sliding window is not computed. Up to its width it equals full
+    attention, so it bounds the context instead.
     """
     context = positive(raw, "max_position_embeddings", "max_sequence_length")
     slides = raw.get("use_sliding_window", architecture(raw).startswith("Mistral"))
@@ -99,18 +105,21 @@ def longest_window(raw):
 
 
 def parse_config(raw):
-    """config.json (a dict; Hugging Face's keys, from LLaMA 1's to `rope_parameters`) -> Config.
+    """config.json, a dict -> Config.
 
-    Raises InputError for a missing key or anything that model.py does not compute.
+    It has Hugging Face's keys, from LLaMA 1's to `rope_parameters`. Raises InputError for
+    a missing key or anything that model.py does not compute.
     """
     check_config(raw)
     scaling = rope_scaling(raw)
-    # LLaMA 1 and 2 are older than rope_theta and num_key_value_heads: the format defines their absence.
+    # LLaMA 1 and 2 are older than rope_theta and num_key_value_heads: the format defines
+    # their absence.
     theta = scaling.get("rope_theta") or raw.get("rope_theta")
     if not theta:
         llama = "LLAMA" in architecture(raw).upper()
         theta = 10000.0 if llama else positive(raw, "rope_theta", kind=REAL)
-    heads, dim = positive(raw, "num_attention_heads"), positive(raw, "hidden_size")
+    heads = positive(raw, "num_attention_heads")
+    dim = positive(raw, "hidden_size")
     return Config(
         vocab=positive(raw, "vocab_size"),
         dim=dim,
@@ -129,10 +138,11 @@ def parse_config(raw):
     )
 
 
-# -------------------------------------------------------------------------------- in
+# ------------------------------------------------------------ in
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What is copied along with a result.
-BESIDE = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+BESIDE = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+          "generation_config.json")
 
 
 class Stored(NamedTuple):
@@ -149,13 +159,15 @@ def open_safetensors(path):
     for name in f.keys():
         entry = f.get_slice(name)
         dtype = DTYPES.get(entry.get_dtype(), entry.get_dtype())
-        found[name] = Stored(tuple(entry.get_shape()), dtype, lambda name=name: f.get_tensor(name))
+        shape = tuple(entry.get_shape())
+        found[name] = Stored(shape, dtype, lambda name=name: f.get_tensor(name))
     return found
 
 
 def in_memory(tensors):
     """{name: tensor} -> {name: Stored}."""
-    return {name: Stored(tuple(w.shape), w.dtype, lambda w=w: w) for name, w in tensors.items()}
+    return {name: Stored(tuple(w.shape), w.dtype, lambda w=w: w)
+            for name, w in tensors.items()}
 
 
 def open_tensors(path):
@@ -163,11 +175,14 @@ def open_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return open_safetensors(path)
-        return in_memory(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
-    except Exception as e:      # truncated, corrupt, code in a pickle: each library has its own errors
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return in_memory(tensors)
+    except Exception as e:
+        # Truncated, corrupt, code in a pickle: each library has its own errors.
         reason = str(e).strip().split("\n")[0][:200]
-        raise InputError(f"{path} cannot be read as a checkpoint ({reason}); expected a whole "
-                         f"{path.suffix} file: check its size or copy it again") from None
+        raise InputError(f"{path} cannot be read as a checkpoint ({reason}); expected a "
+                         f"whole {path.suffix} file: check its size "
+                         "or copy it again") from None
 
 
 def shards(folder):
@@ -180,19 +195,19 @@ def shards(folder):
             names = sorted(set(read_json(index).get("weight_map", {}).values()))
             missing = [file for file in names if not (folder / file).is_file()]
             if missing:
-                raise InputError(f"{index.name} names {missing[0]}, which is not in {folder}; "
-                                 "fetch the missing shard")
+                raise InputError(f"{index.name} names {missing[0]}, which is not in "
+                                 f"{folder}; fetch the missing shard")
             return [folder / file for file in names]
-    raise InputError(f"{folder} has no weights; expected model.safetensors or pytorch_model.bin, "
-                     "or shards and an index")
+    raise InputError(f"{folder} has no weights; expected model.safetensors or "
+                     "pytorch_model.bin, or shards and an index")
 
 
 class Checkpoint:
-    """A dense or compressed checkpoint on disk, read tensor by tensor from memory-mapped files.
+    """A dense or compressed checkpoint on disk, memory-mapped and read tensor by tensor.
 
-    `path` is a .safetensors (or .bin) file with config.json beside it, or a folder with one or many
-    shards. Only headers are read here; names and shapes are held against config.json.
-    Raises InputError for whatever does not fit.
+    `path` is a .safetensors (or .bin) file with config.json beside it, or a folder with
+    one or many shards. Only headers are read here; names and shapes are held against
+    config.json. Raises InputError for whatever does not fit.
     """
 
     def __init__(self, path):
@@ -212,17 +227,22 @@ class Checkpoint:
         self.files = [path] if path.is_file() else shards(self.folder)
         self.raw = read_json(self.folder / "config.json")
         self.cfg = parse_config(self.raw)
-        self.tensors = {}                                               # {name: Stored}
+        self.tensors = {}                               # {name: Stored}
         for file in self.files:
             self.tensors |= open_tensors(file)
         self.names = list(self.check())
         self.dtype = self.tensors["model.embed_tokens.weight"].dtype
 
     def check(self):
-        """Hold the files' tensors against config.json: {name: shape}, as it implies, or InputError."""
+        """Hold the files' tensors against config.json: {name: shape}, as it implies.
+
+        Raises InputError where they differ.
+        """
         with torch.device("meta"):
-            expected = {name: tuple(w.shape) for name, w in Llama(self.cfg).state_dict().items()}
-        # LLaMA 1 and 2 carry RoPE's frequencies as buffers, tied models sometimes the embedding twice.
+            state = Llama(self.cfg).state_dict()
+        expected = {name: tuple(w.shape) for name, w in state.items()}
+        # LLaMA 1 and 2 carry RoPE's frequencies as buffers, tied models sometimes the
+        # embedding twice.
         spare = {name for name in self.tensors if name.endswith("rotary_emb.inv_freq")}
         if self.cfg.tied:
             expected.pop("lm_head.weight")
@@ -233,21 +253,25 @@ class Checkpoint:
         for name, shape in expected.items():
             stored = self.tensors[name]
             if stored.shape != shape:
-                raise InputError(f"{name} has shape {stored.shape}, config.json implies {shape}; "
-                                 "use matching files")
+                raise InputError(f"{name} has shape {stored.shape}, config.json implies "
+                                 f"{shape}; use matching files")
             if stored.dtype not in DTYPES.values():
-                raise InputError(f"{name} is stored as {stored.dtype}; expected fp32, fp16 or bf16")
+                raise InputError(f"{name} is stored as {stored.dtype}; expected fp32, "
+                                 "fp16 or bf16")
         return expected
 
     def check_names(self, verb, names):
         if names:
             plural = "s" * (len(names) > 1)
-            raise InputError(f"{self.files[0]} {verb} {len(names)} tensor{plural}, such as "
-                             f"{min(names)}; expected exactly those config.json implies: "
-                             "take both from one model, shards as their folder")
+            raise InputError(f"{self.files[0]} {verb} {len(names)} tensor{plural}, such "
+                             f"as {min(names)}; expected exactly those config.json "
+                             "implies: take both from one model, shards as their folder")
 
     def fingerprint(self):
-        """SHA-256 (hex) over config.json and of every tensor its name, shape, dtype and both ends."""
+        """SHA-256 (hex) that tells one checkpoint from another.
+
+        Over config.json and of every tensor its name, shape, dtype and both ends.
+        """
         digest = hashlib.sha256(json.dumps(self.raw, sort_keys=True).encode())
         for name in self.names:
             stored = self.tensors[name]
@@ -261,8 +285,9 @@ class Checkpoint:
         return sum(torch.Size(self.tensors[name].shape).numel() for name in self.names)
 
     def extras(self):
-        """Paths of tokenizer and generation settings beside the weights, to copy along."""
-        return [self.folder / name for name in BESIDE if (self.folder / name).is_file()]
+        """Paths of tokenizer and generation settings beside the weights, to copy."""
+        paths = [self.folder / name for name in BESIDE]
+        return [path for path in paths if path.is_file()]
 
     def rest(self, l, without=()):
         """{name: tensor} of block l as they are, but for the layers in `without`.
@@ -291,15 +316,20 @@ class Checkpoint:
         with torch.device("meta"):
             block = Block(self.cfg, l)
         at = f"model.layers.{l}."
-        weights = {name: self.tensor(at + name, device, dtype) for name in block.state_dict()}
+        weights = {name: self.tensor(at + name, device, dtype)
+                   for name in block.state_dict()}
         block.load_state_dict(weights, assign=True)
         return block.requires_grad_(False)
 
     def head(self, device="cpu", dtype=None):
-        """(final norm's weight (dim,), lm_head as a Linear (vocab, dim)): what to_logits takes."""
+        """What to_logits takes: (final norm's weight (dim,), lm_head).
+
+        lm_head is a Linear (vocab, dim).
+        """
         lm_head = nn.Linear(self.cfg.dim, self.cfg.vocab, bias=False, device="meta")
         name = "model.embed_tokens.weight" if self.cfg.tied else "lm_head.weight"
-        lm_head.weight = nn.Parameter(self.tensor(name, device, dtype), requires_grad=False)
+        weight = self.tensor(name, device, dtype)
+        lm_head.weight = nn.Parameter(weight, requires_grad=False)
         return self.tensor("model.norm.weight", device, dtype), lm_head
 
     def model(self, device="cpu", dtype=None):
@@ -310,17 +340,21 @@ class Checkpoint:
         if self.cfg.tied:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         model.load_state_dict(weights, assign=True)
-        if self.cfg.tied:                       # assigned one by one: two parameters of one storage
+        # Assigned one by one they are two parameters of one storage.
+        if self.cfg.tied:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model.requires_grad_(False)
 
 
-# -------------------------------------------------------------------------------- out
-SHARD_BYTES = 5e9        # a larger checkpoint is stored as one shard a block
+# ------------------------------------------------------------ out
+SHARD_BYTES = 5e9       # a larger checkpoint is stored as one shard a block
 
 
 def part_of(l):
-    """The file of an unfinished output that holds block l; n_layers: what belongs to none."""
+    """The file of an unfinished output that holds block l.
+
+    l = n_layers: what belongs to no block.
+    """
     return f"model-block-{l:03}.safetensors"
 
 
@@ -334,12 +368,12 @@ def result_bytes(ckpt, cut):
 
 
 class TensorFolder:
-    """Files of tensors under `path`, and manifest.json: the `facts` they were made from, and each
-    finished file's SHA-256.
+    """Files of tensors under `path`, and manifest.json, which says what counts of them.
 
-    A file counts only when the manifest names it, so what a killed run left behind is finished work
-    or nothing. Raises InputError when the folder was made from other facts, saying which, and when
-    a file is not what was written.
+    It holds the `facts` they were made from, and each finished file's SHA-256. A file
+    counts only when the manifest names it, so what a killed run left behind is finished
+    work or nothing. Raises InputError when the folder was made from other facts, saying
+    which, and when a file is not what was written.
     """
 
     def __init__(self, path, facts):
@@ -350,23 +384,28 @@ class TensorFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise InputError(f"cannot make the folder {path} ({e.strerror}); name another") from None
+            raise InputError(f"cannot make the folder {path} ({e.strerror}); "
+                             "name another") from None
         if self.manifest.exists():
             found = read_json(self.manifest)
             self.check_facts(found)
             self.files = found["files"]
 
     def check_facts(self, found):
+        """Raise InputError for a manifest that is another's or names other facts."""
         if not found.keys() >= {"facts", "files"}:
-            raise InputError(f"{self.manifest} was not written by this program; name another folder")
+            raise InputError(f"{self.manifest} was not written by this program; "
+                             "name another folder")
         differ = []
         for key, value in self.facts.items():
-            there, now = str(found["facts"].get(key)), str(value)
+            there = str(found["facts"].get(key))
+            now = str(value)
             if there != now:
                 differ.append(f"{key} ({there[:16]} there, {now[:16]} now)")
         if differ:
-            raise InputError(f"{self.path} was made with another {', '.join(differ)}; give the same "
-                             "arguments as then, name another folder, or delete it")
+            raise InputError(f"{self.path} was made with another {', '.join(differ)}; "
+                             "give the same arguments as then, name another folder, "
+                             "or delete it")
 
     def save(self, name, tensors, note=None):
         """Write {key: tensor} as `name` and remember `note` (JSON) with it."""
@@ -381,7 +420,8 @@ class TensorFolder:
 
     def forget(self, names):
         """Strike the files `names` off the manifest, then delete them."""
-        self.files = {name: file for name, file in self.files.items() if name not in names}
+        left = [name for name in self.files if name not in names]
+        self.files = {name: self.files[name] for name in left}
         self.write_manifest()
         for name in names:
             (self.path / name).unlink(missing_ok=True)
@@ -392,57 +432,63 @@ class TensorFolder:
 
     def load(self, name, device="cpu"):
         """The tensors of file `name`, memory-mapped."""
-        path, expected = self.path / name, self.files[name]["sha256"]
+        path = self.path / name
+        expected = self.files[name]["sha256"]
         found = sha256(path)
         if found != expected:
-            raise InputError(f"{path} is not the file that was written (SHA-256 {found}, expected "
-                             f"{expected}); delete {self.path} and run again")
+            raise InputError(f"{path} is not the file that was written (SHA-256 {found}, "
+                             f"expected {expected}); delete {self.path} and run again")
         return load_file(path, device=str(device))
 
 
 class Writer:
-    """Writes a checkpoint folder part by part, beside the target, which appears when it is whole.
+    """Writes a checkpoint folder part by part; the target appears when it is whole.
 
-    Use as a context manager. Leaving it through an exception, Ctrl-C included, removes what was
-    written, unless `keep`: then a later run with the same `facts` goes on from the finished parts,
-    named in `done` with their notes. An existing target is refused unless `overwrite`, and replaced
-    only when it is itself a compressed checkpoint. Raises InputError before any work for a target
-    that cannot be written or a disk with less than `need` bytes free.
+    Parts lie beside the target. Use as a context manager. Leaving it through an
+    exception, Ctrl-C included, removes what was written, unless `keep`: then a later run
+    with the same `facts` goes on from the finished parts, named in `done` with their
+    notes. An existing target is refused unless `overwrite`, and replaced only when it is
+    itself a compressed checkpoint. Raises InputError before any work for a target that
+    cannot be written or a disk with less than `need` bytes free.
     """
 
     def __init__(self, out, need, overwrite=False, facts=None, keep=False):
-        self.out, self.keep = Path(out).resolve(), keep
-        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.out = Path(out).resolve()
+        self.keep = keep
+        self.partial = self.out.parent / (self.out.name + ".partial")
         self.check_target(out, overwrite)
         goes_on = keep and (self.partial / "manifest.json").exists()
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             if not goes_on:
-                shutil.rmtree(self.partial, ignore_errors=True)     # left by a run that was killed
-            copied = need if need <= SHARD_BYTES else 0             # the parts, then the one file
+                # Left by a run that was killed.
+                shutil.rmtree(self.partial, ignore_errors=True)
+            # The parts, then the one file that is made of them.
+            copied = need if need <= SHARD_BYTES else 0
             check_space((self.partial, need + copied))
             self.folder = TensorFolder(self.partial, (facts or {}) | {"kept": keep})
         except OSError as e:
             raise InputError(f"cannot write to {self.out.parent} ({e.strerror}); "
                              "name another --out") from None
         for name in self.folder.files:
-            self.folder.load(name)                  # refuses a damaged part now, not at the end
+            self.folder.load(name)          # refuses a damaged part now, not at the end
         self.done = {name: file["note"] for name, file in self.folder.files.items()}
 
     def check_target(self, out, overwrite):
+        """Raise InputError for a target, or parts beside it, that are not to be lost."""
         if self.out.exists() and not overwrite:
             raise InputError(f"{out} already exists; name another --out, "
                              "or add --overwrite to replace it")
         config = self.out / "config.json"
         ours = config.is_file() and "air" in read_json(config)
         if self.out.exists() and not ours:
-            raise InputError(f"{out} is not a compressed checkpoint, so --overwrite leaves it "
-                             "alone; name another --out")
+            raise InputError(f"{out} is not a compressed checkpoint, so --overwrite "
+                             "leaves it alone; name another --out")
         manifest = self.partial / "manifest.json"
         kept = manifest.exists() and read_json(manifest).get("facts", {}).get("kept")
         if kept and not self.keep:
-            raise InputError(f"{self.partial} holds finished blocks of a run with --stats; "
-                             "add --stats to go on, or delete it")
+            raise InputError(f"{self.partial} holds finished blocks of a run with "
+                             "--stats; add --stats to go on, or delete it")
 
     def add(self, part, tensors, note=None):
         """Write {name: tensor} to disk as one part, a shard to be.
@@ -451,13 +497,13 @@ class Writer:
         """
         for name, w in tensors.items():
             if not torch.isfinite(w).all():
-                raise RuntimeError(f"{name} is not finite in {w.dtype}, the checkpoint's own; "
-                                   "start from its bf16 or fp32 form")
+                raise RuntimeError(f"{name} is not finite in {w.dtype}, the "
+                                   "checkpoint's own; start from its bf16 or fp32 form")
         self.folder.save(part, tensors, note)
         self.done[part] = note
 
-    def finish(self, config, copies=()):
-        """Add the index, config.json and copies of `copies` (paths), then move it into place."""
+    def assemble(self):
+        """The folder to be the target: all parts in one file, or shards and an index."""
         parts = {part: self.folder.load(part) for part in sorted(self.done)}
         for left in ("whole", "old"):               # by a run that was killed in here
             shutil.rmtree(self.partial / left, ignore_errors=True)
@@ -467,15 +513,21 @@ class Writer:
             target.mkdir()
             state = {name: w for part in parts.values() for name, w in part.items()}
             save_file(state, target / "model.safetensors", metadata={"format": "pt"})
-        else:
-            target = self.partial
-            where = {name: file for file, part in parts.items() for name in part}
-            index = {"metadata": {"total_size": total}, "weight_map": where}
-            write_whole(target / "model.safetensors.index.json", json.dumps(index, indent=1))
+            return target
+        where = {name: file for file, part in parts.items() for name in part}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        path = self.partial / "model.safetensors.index.json"
+        write_whole(path, json.dumps(index, indent=1))
+        return self.partial
+
+    def finish(self, config, copies=()):
+        """Add the index, config.json and `copies` of paths, then move it into place."""
+        target = self.assemble()
         write_whole(target / "config.json", json.dumps(config, indent=1) + "\n")
         for path in copies:
             shutil.copy(path, target)
-        if self.out.exists():           # two renames: at no moment is there a half-written target
+        # Two renames: at no moment is there a half-written target.
+        if self.out.exists():
             os.replace(self.out, self.partial / "old")
         os.replace(target, self.out)
         (self.out / "manifest.json").unlink(missing_ok=True)

@@ -1,5 +1,7 @@
-"""What a model larger than memory, or several processes, need: statistics kept, spilled and divided,
-a division of the work, a plan."""
+"""What a model larger than memory, or several processes, need.
+
+Statistics kept, spilled and divided, a division of the work, a plan.
+"""
 import math
 import os
 import shutil
@@ -19,11 +21,11 @@ from support.texts import digest
 SWEEPS = ("model.py", "calibrate.py", "influence.py")       # what computes statistics
 
 
-# -------------------------------------------------------------------------------- several processes
+# ------------------------------------------------------------ several processes
 def start_processes(device):
-    """Join the other processes of a torchrun (gloo on CPUs, nccl on GPUs); returns this one's device.
+    """Join the other processes of a torchrun; returns this one's device.
 
-    Alone, nothing happens.
+    They talk through gloo on CPUs, nccl on GPUs. Alone, nothing happens.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":
@@ -46,26 +48,30 @@ def processes():
 
 
 def add_up(stats, share):
-    """Sum every statistic over the processes, in place; this one saw `share` of the tokens."""
+    """Sum every statistic over the processes, in place.
+
+    This one saw `share` of the tokens.
+    """
     if not dist.is_initialized():
         return
     for key in sorted(stats):
         if key.endswith(".mean_abs"):
-            stats[key] *= share                             # a mean of this process's tokens
+            stats[key] *= share                     # a mean of this process's tokens
         dist.all_reduce(stats[key])
 
 
 def divide(sweep):
-    """Of every `world` blocks a sweep yields this process's (l, stats), so that all solve at once.
+    """This process's (l, stats) of every `world` blocks of a sweep: all solve at once.
 
     (None, None) where there is none left for it.
     """
     rank, world = processes()
-    mine, count = (None, None), 0
+    mine = None, None
+    count = 0
     for l, stats in sweep:
         if count % world == rank:
             mine = l, stats
-        del stats                                           # its only holder is `mine`
+        del stats                                   # its only holder is `mine`
         count += 1
         if count % world == 0:
             yield mine
@@ -75,7 +81,7 @@ def divide(sweep):
 
 
 def gather(part):
-    """Every process's part that is not None, in process 0; an empty list in the others."""
+    """Every process's part that is not None, in process 0; [] in the others."""
     rank, world = processes()
     parts = [part]
     if world > 1:
@@ -92,9 +98,12 @@ def from_first(value):
     return values[0]
 
 
-# -------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------ statistics
 class Spill:
-    """The dict {l: input of block l (N, T, dim)} of the sweeps, in a folder; a killed run finds it."""
+    """The dict {l: input of block l (N, T, dim)} of the sweeps, in a folder.
+
+    A run that was killed finds it again.
+    """
 
     def __init__(self, path, facts):
         self.folder = TensorFolder(path, facts)
@@ -123,24 +132,27 @@ class Spill:
         return self.folder.load(self.file(l))["h"]
 
     def remove(self):
-        self.folder.manifest.unlink(missing_ok=True)    # first: what a kill leaves is then no spill
+        # First: what a kill leaves is then no spill.
+        self.folder.manifest.unlink(missing_ok=True)
         shutil.rmtree(self.folder.path)
 
 
 class Kept:
-    """air.statistics, kept in a folder, spilled to another, divided among processes, continued.
+    """air.statistics, kept in a folder, spilled to another, divided, continued.
 
-    folder (--stats): statistics are kept there, with the gradient between two blocks, and a later
-    run of the same checkpoint, text, dtype and code goes on from them, whatever its rate, method,
-    signal or δ. spill (--spill): block inputs go there instead of to memory. Several processes divide
-    the windows. Without any of these the numbers are air.statistics' bit by bit.
+    folder (--stats): statistics are kept there, with the gradient between two blocks, and
+    a later run of the same checkpoint, text, dtype and code goes on from them, whatever
+    its rate, method, signal or δ. spill (--spill): block inputs go there instead of to
+    memory. Several processes divide the windows. Without any of these the numbers are
+    air.statistics' bit by bit.
     """
 
     def __init__(self, folder=None, spill=None):
-        self.folder, self.spill = folder, spill
+        self.folder = folder
+        self.spill = spill
 
     def statistics(self, ckpt, windows, device, dtype, blocks, signal=None):
-        """Yield (l, stats) of every block in `blocks`, in any order, as air.statistics does."""
+        """Yield (l, stats) of each of `blocks`, in any order, as air.statistics does."""
         rank, world = processes()
         self.open(ckpt, windows, dtype, signal)
         todo = [l for l in blocks if not self.complete(l)]
@@ -148,28 +160,36 @@ class Kept:
         for l in blocks:
             if l not in todo:
                 yield l, self.load(l, self.kinds, device)
-        share = len(windows[rank::world]) / max(1, len(windows))
-        for l, stats in self.sweep(ckpt, windows[rank::world], device, dtype, todo):
+        mine = windows[rank::world]
+        share = len(mine) / max(1, len(windows))
+        for l, stats in self.sweep(ckpt, mine, device, dtype, todo):
+            # The sums of all processes, which one of them keeps.
             add_up(stats, share)
             if self.stored and rank == 0:
                 self.keep(l, stats, todo, world)
             if l in todo:
-                # Another method's ΣXXᵀ: the same to rounding, and what every later run will read.
+                # Another method's ΣXXᵀ: the same to rounding, and what later runs read.
                 if self.file(l, "gram") in self.had:
-                    stats |= self.load(l, ["gram"], device)
+                    stats.update(self.load(l, ["gram"], device))
                 yield l, stats
-            del stats                                   # before the next block's are collected
+            del stats                           # before the next block's are collected
+            # Below the last block wanted the gradient is of no use.
             if signal and l == min(todo):
                 break
         if signal and self.spill:
             self.inputs.remove()
 
     def open(self, ckpt, windows, dtype, signal):
-        """The folders as they are found; raises InputError where they were made from other facts."""
+        """The folders as they are found.
+
+        Raises InputError where they were made from other facts.
+        """
         rank, world = processes()
         self.signal = signal
         self.kinds = ["gram", signal] if signal else ["gram"]       # files of a block
-        self.stored, self.inputs, self.had = None, {}, {}
+        self.stored = None
+        self.inputs = {}
+        self.had = {}
         facts = {}
         if self.folder or self.spill:
             facts = {"checkpoint": ckpt.fingerprint(), "windows": digest(windows),
@@ -178,7 +198,8 @@ class Kept:
             self.stored = TensorFolder(self.folder, facts)
             self.had = dict(self.stored.files)
         if signal and self.spill:
-            self.inputs = Spill(Path(self.spill) / f"{rank}of{world}", facts)
+            folder = Path(self.spill) / f"{rank}of{world}"
+            self.inputs = Spill(folder, facts)
 
     def file(self, l, kind):
         return f"block_{l:03}.{kind}.safetensors"
@@ -204,30 +225,39 @@ class Kept:
         if self.signal is None:
             h = embed(ckpt, windows, dtype)
             return forward_sweep(ckpt, h, device, gram=True, blocks=range(max(todo) + 1))
-        # A gradient kept at the output of a block above all of them; several processes keep none.
+        # A gradient kept at the output of a block above all of them. Several processes
+        # keep none.
         kept = [l for l in range(max(todo), last) if self.gradient(l) in self.had]
-        top = kept[0] if kept and processes()[1] == 1 else None
-        stop = last if top is None else top
-        # Forward, behind the last input that was spilled.
-        if self.spill:
-            self.inputs.limit(stop)
-        start = max(self.inputs, default=0)
-        h = self.inputs.pop(start) if start in self.inputs else embed(ckpt, windows, dtype)
-        for _ in forward_sweep(ckpt, h, device, keep=self.inputs, blocks=range(start, stop)):
-            pass
-        del h
+        _, world = processes()
+        top = kept[0] if kept and world == 1 else None
+        self.forward(ckpt, windows, device, dtype, stop=last if top is None else top)
         # Backward. The gradient is changed in place as the sweep proceeds.
         if top is None:
-            self.g = start_gradient(ckpt, windows, self.inputs.pop(last), device, self.signal)
+            self.g = start_gradient(
+                ckpt, windows, self.inputs.pop(last), device, self.signal)
         else:
             self.g = self.stored.load(self.gradient(top))["g"].clone()
         return backward_sweep(ckpt, self.inputs, self.g, device, self.signal, gram=True)
 
+    def forward(self, ckpt, windows, device, dtype, stop):
+        """Collect the inputs up to block `stop`'s, from the last one that was spilled."""
+        if self.spill:
+            self.inputs.limit(stop)
+        start = max(self.inputs, default=0)
+        if start in self.inputs:
+            h = self.inputs.pop(start)
+        else:
+            h = embed(ckpt, windows, dtype)
+        blocks = range(start, stop)
+        for _ in forward_sweep(ckpt, h, device, keep=self.inputs, blocks=blocks):
+            pass
+
     def keep(self, l, stats, todo, world):
-        """Put block l's statistics and the gradient below it on disk; older gradients go."""
+        """Put block l's statistics and the gradient below it on disk; older ones go."""
         if l in todo:
             for kind in self.kinds:
-                # Influence is one file, ΣXXᵀ and the means another, which other signals share.
+                # Influence is one file; ΣXXᵀ and the means another, which other signals
+                # share.
                 own = {key: x for key, x in stats.items()
                        if key.endswith(f".{self.signal}") == (kind == self.signal)}
                 if self.file(l, kind) not in self.stored.files:
@@ -240,53 +270,67 @@ class Kept:
             self.stored.forget(old)
 
 
-# -------------------------------------------------------------------------------- the plan
+# ------------------------------------------------------------ the plan
 def machine_rates(device, dtype):
-    """What this machine does now, as (FLOP/s of a matrix product in dtype, in fp32, bytes/s of a copy).
+    """What this machine does now: (FLOP/s in dtype, FLOP/s in fp32, bytes/s).
 
-    The copy's bytes are read and written.
+    Of matrix products and a copy, whose bytes are read and written.
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else int
 
     def seconds(work):
         return min(timeit.repeat(lambda: (work(), wait()), number=1, repeat=4))
+
     n = 8192 if device.type == "cuda" else 1024
     a = torch.ones(n, n, device=device, dtype=dtype)
     b = torch.ones(n, n, device=device)
     x = torch.ones(2**25, device=device, dtype=dtype)
     y = torch.empty_like(x)
-    return (2 * n**3 / seconds(lambda: a @ a), 2 * n**3 / seconds(lambda: b @ b),
-            2 * x.nbytes / seconds(lambda: y.copy_(x)))
+    product = 2 * n**3
+    in_dtype = product / seconds(lambda: a @ a)
+    in_fp32 = product / seconds(lambda: b @ b)
+    copied = 2 * x.nbytes / seconds(lambda: y.copy_(x))
+    return in_dtype, in_fp32, copied
 
 
 def solve_costs(cut):
-    """FLOP in fp32 of (Cholesky, WS and the truncated SVD; one ALS sweep), and the sweep's bytes."""
+    """(FLOP of Cholesky, WS and truncated SVD, FLOP of an ALS sweep, its bytes), fp32."""
     factor = passed = 0
     for m, n, k in cut.values():
-        cholesky, profiled = n**3 / 3, 2 * m * n * n
-        # fast.truncated_svd: WᵀW's triangle, its eigenvectors, the product with k of them.
+        cholesky = n**3 / 3
+        profiled = 2 * m * n * n
+        # fast.truncated_svd: WᵀW's triangle, eigenvectors, the product with k of them.
         svd = 1.1 * m * n * min(m, n) + 12 * min(m, n)**3 + 2 * m * n * k
         factor += cholesky + profiled + svd
         passed += k * m * n
-    # fast.als_sweep: 17 products with a vector a rank; 3.75 passes over m×n numbers of 4 bytes.
+    # fast.als_sweep: 17 products with a vector a rank; 3.75 passes over m×n numbers of 4
+    # bytes.
     return factor, 34 * passed, 15 * passed
 
 
-def costs(cfg, cut, windows, itemsize, signal):
-    """({stage: (FLOP in the model's dtype, FLOP in fp32, bytes moved)}, {what: bytes held}).
+def block_sizes(cfg):
+    """(numbers of a block's weights, n of its four inputs)."""
+    q = cfg.n_heads * cfg.head_dim
+    kv = cfg.n_kv_heads * cfg.head_dim
+    weights = cfg.dim * (2 * q + 2 * kv + 3 * cfg.hidden)
+    return weights, (cfg.dim, q, cfg.dim, cfg.hidden)
 
-    cut {layer: (m, n, rank)} of the layers to be decomposed; windows (how many, tokens each); every
-    block is swept. experiments/README.md, "Cost", derives them.
+
+def costs(cfg, cut, windows, itemsize, signal):
+    """({stage: (FLOP in the model's dtype, in fp32, bytes moved)}, {what: bytes held}).
+
+    cut {layer: (m, n, rank)} of the layers to be decomposed; windows (how many, tokens
+    each); every block is swept. experiments/README.md, "Cost", derives them.
     """
-    tokens, L = math.prod(windows), cfg.n_layers
-    q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
-    weights = cfg.dim * (2 * q + 2 * kv + 3 * cfg.hidden)           # numbers of one block
-    widths = (cfg.dim, q, cfg.dim, cfg.hidden)                      # n of its four inputs
+    tokens = math.prod(windows)
+    L = cfg.n_layers
+    weights, widths = block_sizes(cfg)
     squares = sum(n * n for n in widths)
     # Forward; for a backward signal again, and twice that on the way back.
     passes = 4 if signal else 1
-    influence = 4 * weights if signal else 0                        # bytes, fp32
-    # A block's weights; influence is read, the gradient added, and written for every window.
+    influence = 4 * weights if signal else 0                # bytes, fp32
+    # A block's weights; influence is read, the gradient added, and written for every
+    # window.
     moved = (passes * weights * itemsize + 6 * windows[0] * influence) * L
     factor, als, als_moved = solve_costs(cut)
     stages = {
@@ -295,14 +339,22 @@ def costs(cfg, cut, windows, itemsize, signal):
         "Cholesky and SVD": (0, factor, 0),
         "ALS": (0, als, als_moved),
     }
-    # At its peak a block holds its statistics and either the sweep's weights (and gradients) and one
-    # more ΣXXᵀ, or the solve's three n×n matrices, fp64.
+    return stages, held_bytes(cfg, cut, tokens, itemsize, signal)
+
+
+def held_bytes(cfg, cut, tokens, itemsize, signal):
+    """{what: bytes held} of `costs`, in the sweeps over `tokens` and in the solve."""
+    weights, widths = block_sizes(cfg)
+    squares = sum(n * n for n in widths)
+    influence = 4 * weights if signal else 0                # fp32
+    # At its peak a block holds its statistics and either the sweep's weights (and
+    # gradients) and one more ΣXXᵀ, or the solve's three n×n matrices, fp64.
     largest = 8 * max(widths)**2
     swept = weights * itemsize * (2 if signal else 1) + largest
     one_input = tokens * cfg.dim * itemsize
-    return stages, {
+    return {
         "one input": one_input,
-        "inputs": one_input * (L + 1 if signal else 1),
+        "inputs": one_input * (cfg.n_layers + 1 if signal else 1),
         "statistics": len(cut) // 7 * (influence + 8 * squares),
         "block": influence + 8 * squares + max(swept, 3 * largest),
     }
@@ -310,22 +362,26 @@ def costs(cfg, cut, windows, itemsize, signal):
 
 @dataclass
 class Plan:
-    """Memory, disk and time of a run up to the factors; libraries and the evaluation come on top."""
+    """Memory, disk and time of a run up to the factors.
+
+    Libraries and the evaluation come on top.
+    """
 
     device: torch.device
     minutes: float
     rates: tuple                # what machine_rates measured
     held: dict                  # {what: bytes}, of `costs`
     inputs: float               # bytes of block inputs in the host's memory
-    solving: float              # bytes of one block in the host's memory, of all processes
-    disk: dict = field(default_factory=dict)            # {what: (folder, bytes)}
+    solving: float              # bytes of a block in the host's memory, of all processes
+    disk: dict = field(default_factory=dict)    # {what: (folder, bytes)}
 
     def place(self, result, inputs=None, statistics=None):
-        """What goes to disk: the result (folder, bytes), inputs and statistics to these folders."""
+        """Place on disk the result (folder, bytes), inputs and statistics (folders)."""
         self.disk["result"] = result
         if inputs:
             self.disk["inputs"] = inputs, self.held["inputs"]
-            self.inputs = 2 * self.held["one input"]    # one is read while the next is made
+            # One is read while the next is made.
+            self.inputs = 2 * self.held["one input"]
         if statistics:
             self.disk["statistics"] = statistics, self.held["statistics"]
 
@@ -334,13 +390,15 @@ class Plan:
         host = torch.device("cpu")
         spare = "--spill DIR keeps block inputs on disk, fewer --samples shrink them"
         other = "--device cpu works in the host's memory"
-        for memory, size, advice in ((host, self.inputs + self.solving, spare),
-                                     (self.device, self.held["block"], other)):
+        needs = ((host, self.inputs + self.solving, spare),
+                 (self.device, self.held["block"], other))
+        for memory, size, advice in needs:
             free = free_bytes(memory)
             if free is not None and size > free:
-                raise InputError(f"the run needs {size / 1e9:.1f} GB of {memory.type} memory, "
-                                 f"{self.inputs / 1e9:.1f} GB of the host's for block inputs, and "
-                                 f"{free / 1e9:.1f} GB are free; {advice}")
+                raise InputError(f"the run needs {size / 1e9:.1f} GB of {memory.type} "
+                                 f"memory, {self.inputs / 1e9:.1f} GB of the host's for "
+                                 f"block inputs, and {free / 1e9:.1f} GB are free; "
+                                 f"{advice}")
         check_space(*self.disk.values())
 
     def line(self):
@@ -348,15 +406,20 @@ class Plan:
         parts = [f"{(self.inputs + self.solving) / 1e9:.2f} GB of memory"]
         if self.device.type == "cuda":
             parts.append(f"{self.held['block'] / 1e9:.2f} GB on the GPU")
-        parts += [f"{what} {size / 1e9:.2f} GB" for what, (_, size) in self.disk.items()]
-        return (f"plan: about {self.minutes:.1f} min to the factors, {', '.join(parts)} (measured: "
-                f"{self.rates[0] / 1e9:,.0f} GFLOP/s, {self.rates[2] / 1e9:.0f} GB/s)")
+        for what, (_, size) in self.disk.items():
+            parts.append(f"{what} {size / 1e9:.2f} GB")
+        flops, _, moved = self.rates
+        return (f"plan: about {self.minutes:.1f} min to the factors, {', '.join(parts)} "
+                f"(measured: {flops / 1e9:,.0f} GFLOP/s, {moved / 1e9:.0f} GB/s)")
 
 
 def make_plan(cfg, cut, windows, device, dtype, signal):
     """The Plan of a run that keeps all in memory; cut and windows as `costs` has them."""
     stages, held = costs(cfg, cut, windows, dtype.itemsize, signal)
-    rates, world = machine_rates(device, dtype), processes()[1]
-    seconds = sum(work / rate for stage in stages.values() for work, rate in zip(stage, rates))
+    rates = machine_rates(device, dtype)
+    _, world = processes()
+    seconds = sum(work / rate for stage in stages.values()
+                  for work, rate in zip(stage, rates))
+    minutes = seconds / world / 60
     solving = held["block"] * world if device.type == "cpu" else 0
-    return Plan(device, seconds / world / 60, rates, held, held["inputs"], solving)
+    return Plan(device, minutes, rates, held, held["inputs"], solving)

@@ -1,4 +1,4 @@
-"""What a script needs around its work: errors in one sentence, arguments, device, disk, JSON, exit."""
+"""What a script needs: errors in one sentence, arguments, device, disk, JSON, exit."""
 import argparse
 import ast
 import hashlib
@@ -17,36 +17,43 @@ import torch
 from safetensors import SafetensorError
 
 ROOT = Path(__file__).resolve().parents[1]
-# What stands below this line of a script arranges and prints, and computes nothing that is kept.
-COMMAND = "------ the command\n"
+# What stands below this line of a script arranges and prints; it computes nothing that is
+# kept.
+COMMAND = "--- the command\n"
 
 
 class InputError(Exception):
-    """Bad input in one sentence: what was found, what was expected, what to do. Exit code 2."""
+    """Bad input in one sentence: what was found, what was expected, what to do.
+
+    Exit code 2.
+    """
 
 
-# -------------------------------------------------------------------------------- arguments, device
+# ------------------------------------------------------------ arguments, device
 def parser(doc):
-    """An argument parser with what every script takes; `doc` is the script's docstring."""
+    """The argument parser that every script adds to; `doc` is the script's docstring."""
     p = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default=str(ROOT / "demo"),
-                   help="a .safetensors file with config.json beside it, or a folder (default: demo)")
-    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+                   help="a .safetensors file with config.json beside it, "
+                        "or a folder (default: demo)")
+    p.add_argument("--device", choices=("cpu", "cuda"),
+                   help="default: cuda where there is one")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                    help="default: bfloat16 on a GPU, float32 on a CPU")
     return p
 
 
 def pick_device(device, dtype):
-    """Names or None -> (torch.device, torch.dtype, why): a GPU and bf16 if there is one, else fp32.
+    """Names or None -> (torch.device, torch.dtype, why).
 
-    Raises InputError when CUDA is asked for and absent.
+    None is a GPU and bf16 if there is one, else the CPU and fp32. Raises InputError when
+    CUDA is asked for and absent.
     """
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise InputError("--device cuda was asked for, but this PyTorch sees no CUDA GPU; "
-                         "use --device cpu")
+        raise InputError("--device cuda was asked for, but this PyTorch sees no CUDA "
+                         "GPU; use --device cpu")
     if device is None:
         device = "cuda" if available else "cpu"
     why = "asked for" if dtype else f"default on {device}"
@@ -56,7 +63,10 @@ def pick_device(device, dtype):
 
 
 def pick_blocks(text, n):
-    """--layers 'A:B' -> range(A, B) within 0:n; InputError for anything else or an empty range."""
+    """--layers 'A:B' -> range(A, B) within 0:n.
+
+    Raises InputError for anything else or an empty range.
+    """
     match = re.fullmatch("([0-9]*):([0-9]*)", text)
     picked = range(int(match[1] or 0), int(match[2] or n)) if match else ()
     if not picked or picked[-1] >= n:
@@ -65,9 +75,9 @@ def pick_blocks(text, n):
     return picked
 
 
-# -------------------------------------------------------------------------------- memory and disk
+# ------------------------------------------------------------ memory and disk
 def free_bytes(device):
-    """Memory that can still be had on `device`, in bytes; None where the system does not tell."""
+    """Memory that can still be had on `device`, in bytes; None where that is unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -80,23 +90,23 @@ def free_bytes(device):
 
 
 def check_writable(path):
-    """Raise InputError, before any work, for a file that could not be written at its end."""
+    """Raise InputError, before any work, for a file that its end could not write."""
     if path is None:
         return
     path = Path(path).resolve()
     where = path if path.exists() else path.parent
     if path.is_dir() or not os.access(where, os.W_OK):
-        raise InputError(f"cannot write {path}; expected a file name in a folder that exists "
-                         "and can be written")
+        raise InputError(f"cannot write {path}; expected a file name in a folder that "
+                         "exists and can be written")
 
 
 def check_apart(out, **others):
-    """Raise InputError for a path that lies inside the output folder, which is replaced whole."""
+    """Raise InputError for a path inside the output folder, which is replaced whole."""
     out = Path(out).resolve()
     for name, path in others.items():
         if path and out in (Path(path).resolve(), *Path(path).resolve().parents):
-            raise InputError(f"--{name} {path} lies inside --out {out}, which is replaced as a "
-                             f"whole; give another --{name}")
+            raise InputError(f"--{name} {path} lies inside --out {out}, which is "
+                             f"replaced as a whole; give another --{name}")
 
 
 def peak_memory():
@@ -106,14 +116,16 @@ def peak_memory():
 
 
 def check_space(*needs):
-    """Raise InputError when a disk lacks the space for its `needs`, (folder, bytes) each.
+    """Raise InputError when a disk lacks space for its `needs`, (folder, bytes) each.
 
     What lies in a folder already is not asked for again.
     """
-    disks = {}                                              # {device number: bytes needed on it}
-    for folder, need in needs:
-        folder = Path(folder)
+    disks = {}                              # {device number: bytes needed on it}
+    for place, need in needs:
+        # Finished parts of an earlier run need no more space.
+        folder = Path(place)
         there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        # The folder may not exist yet: its disk is that of the nearest parent that does.
         parents = (folder.resolve(), *folder.resolve().parents)
         nearest = next(path for path in parents if path.exists())
         # Needs on one disk add up.
@@ -121,11 +133,12 @@ def check_space(*needs):
         disks[disk] = disks.get(disk, 0) + max(0, need - there)
         free = shutil.disk_usage(nearest).free
         if free < disks[disk]:
-            raise InputError(f"{nearest} has {free / 1e9:.2f} GB free, {disks[disk] / 1e9:.2f} GB "
-                             "are needed; make space or use another disk")
+            raise InputError(f"{nearest} has {free / 1e9:.2f} GB free, "
+                             f"{disks[disk] / 1e9:.2f} GB are needed; "
+                             "make space or use another disk")
 
 
-# -------------------------------------------------------------------------------- files
+# ------------------------------------------------------------ files
 def read_json(path):
     """The JSON object in a file; InputError for anything else."""
     try:
@@ -136,7 +149,7 @@ def read_json(path):
 
 
 def finite(value):
-    """A JSON value in which numbers that are not finite, which JSON cannot hold, became null."""
+    """A JSON value in which numbers that are not finite became null: JSON has none."""
     if isinstance(value, dict):
         return {key: finite(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -161,9 +174,13 @@ def write_json(path, values):
 
 
 def sha256(path):
-    """SHA-256 (hex) of a file, memory-mapped; of one that is empty or unreadable, the reason."""
+    """SHA-256 (hex) of a file, memory-mapped; the reason where that cannot be.
+
+    An empty file and an unreadable one have none.
+    """
     try:
-        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with (open(path, "rb") as f,
+              mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content):
             return hashlib.sha256(content).hexdigest()
     except (OSError, ValueError) as e:
         return str(e)
@@ -172,13 +189,14 @@ def sha256(path):
 def code_digest(*files):
     """SHA-256 (hex) of what the repository's `files` compute: their syntax trees.
 
-    Comments, docstrings, layout and what stands below "the command" do not count: an edited rule
-    gives another digest, an edited message does not.
+    Comments, docstrings, layout and what stands below "the command" do not count: an
+    edited rule gives another digest, an edited message does not.
     """
     digest = hashlib.sha256()
     for file in files:
         source, _, _ = (ROOT / file).read_text("utf-8").partition(COMMAND)
         tree = ast.parse(source)
+        # Comments and layout are not in the tree; docstrings are, and go.
         for node in ast.walk(tree):
             documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
             if documented and ast.get_docstring(node) is not None:
@@ -187,9 +205,12 @@ def code_digest(*files):
     return digest.hexdigest()
 
 
-# -------------------------------------------------------------------------------- running
+# ------------------------------------------------------------ running
 class Progress:
-    """Lines on stderr while a run goes on, from the first process only and none when `quiet`."""
+    """Lines on stderr while a run goes on, from the first process only.
+
+    None when `quiet`.
+    """
 
     def __init__(self, quiet=False):
         self.silent = quiet or os.environ.get("RANK", "0") != "0"
@@ -200,12 +221,15 @@ class Progress:
 
     def begin(self, total):
         """From now on `total` steps are to be done."""
-        self.total, self.done, self.began = total, 0, time.time()
+        self.total = total
+        self.done = 0
+        self.began = time.time()
 
     def step(self, line, steps=1):
         """`line` with the time left, now that `steps` more are done."""
         self.done += steps
-        left = (time.time() - self.began) / self.done * max(0, self.total - self.done)
+        a_step = (time.time() - self.began) / self.done
+        left = a_step * max(0, self.total - self.done)
         self.say(f"{line}  {left:5.0f} s left")
 
 
@@ -213,7 +237,8 @@ class Stopwatch:
     """Seconds a stage: lap(stage) counts the time since the last lap for it."""
 
     def __init__(self):
-        self.seconds, self.mark = {}, time.time()
+        self.seconds = {}
+        self.mark = time.time()
 
     def lap(self, stage):
         now = time.time()
@@ -222,7 +247,7 @@ class Stopwatch:
 
 
 def failure(error):
-    """(exit code, sentence) of an error that a user can do something about, else None."""
+    """(exit code, sentence) of an error that a user can do something about, or None."""
     text = str(error) or type(error).__name__
     if isinstance(error, InputError):
         return 2, text
@@ -235,7 +260,8 @@ def failure(error):
         return None
     if re.search("gloo|nccl", text, re.I):
         return 1, "another process of this run ended; its reason is in its own message"
-    if isinstance(error, RuntimeError) and not re.search("allocate memory|not finite", text):
+    foreseen = re.search("allocate memory|not finite", text)
+    if isinstance(error, RuntimeError) and not foreseen:
         return None
     return 1, f"the run failed and left nothing incomplete: {text.splitlines()[0]}"
 
@@ -243,7 +269,8 @@ def failure(error):
 def run(main):
     """Call main(); a known error becomes one sentence on stderr and an exit code.
 
-    2: bad input, 1: a failed run, 130: Ctrl-C. Any other error is a mistake here: a traceback.
+    2: bad input, 1: a failed run, 130: Ctrl-C. Any other error is a mistake here: a
+    traceback.
     """
     try:
         return main()

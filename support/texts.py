@@ -1,4 +1,4 @@
-"""Texts and tokens: corpora by name or from files, tokenizers, arrays of token ids, defaults."""
+"""Texts and tokens: named corpora or files, tokenizers, arrays of token ids, defaults."""
 import functools
 import gzip
 import hashlib
@@ -20,15 +20,17 @@ import torch
 
 from support.script import ROOT, InputError, sha256
 
-# -------------------------------------------------------------------------------- the library's source
-NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+# ------------------------------------------------------------ the library's source
+NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages",
+              "__pycache__"}
 GENERATED = re.compile(
-    r"(auto-?|automatically |is )generated|Mapping Codec|system configuration generated", re.I)
+    r"(auto-?|automatically |is )generated|Mapping Codec|"
+    r"system configuration generated", re.I)
 
 
 @functools.cache
 def stdlib_files():
-    """{relative path: text} of the library, {"topics/NAME": text} of its documentation."""
+    """{relative path: text} of the library, {"topics/NAME": text} of its documents."""
     root = Path(sysconfig.get_paths()["stdlib"])
     rows = {}
     for path in root.rglob("*.py"):
@@ -40,16 +42,16 @@ def stdlib_files():
             rows[name.as_posix()] = text
     try:
         from pydoc_data.topics import topics
-    except ImportError:                 # some distributions ship Python without its documentation
-        topics = {}
+    except ImportError:
+        topics = {}                     # some distributions ship Python without them
     return rows | {f"topics/{name}": text for name, text in topics.items()}
 
 
 def stdlib_rows(split):
-    """The running interpreter's own library and documentation topics, a row a file, by path.
+    """The running interpreter's library and documentation topics, a row a file, by path.
 
-    Left out: tests, generated tables, installed packages. A file is held out ("test") when the hash
-    of its relative path says so, 1 in 20; every other one is "train".
+    Left out: tests, generated tables, installed packages. A file is held out ("test")
+    when the hash of its relative path says so, 1 in 20; every other one is "train".
     """
     rows = []
     for name, text in sorted(stdlib_files().items()):
@@ -59,14 +61,16 @@ def stdlib_rows(split):
     return rows
 
 
-# -------------------------------------------------------------------------------- downloads
+# ------------------------------------------------------------ downloads
 DATA = ROOT / "data"                    # git-ignored
 HUB = "https://huggingface.co/datasets/"
 WIKITEXT = "wikitext-2-raw-v1.zip"
-C4 = {"train": "c4-train.00000-of-01024.json.gz", "test": "c4-validation.00000-of-00008.json.gz"}
+C4 = {"train": "c4-train.00000-of-01024.json.gz",
+      "test": "c4-validation.00000-of-00008.json.gz"}
 C4_REVISION = HUB + "allenai/c4/resolve/1588ec454efa1a09f29cd18ddd04fe05fc8653a2/en/"
 C4_ROWS = {"train": 20000, "test": 1100}
-# file: (address, SHA-256). C4 publishes none: the address names a revision, the first sum is kept.
+# file: (address, SHA-256). C4 publishes none: the address names a revision, the first sum
+# is kept.
 DOWNLOADS = {
     WIKITEXT: (HUB + "ggml-org/ci/resolve/main/" + WIKITEXT,
                "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"),
@@ -76,12 +80,16 @@ DOWNLOADS = {
 
 
 def fetch(url, path):
-    """Fetch `url` into `path`, which appears when it is whole. Raises OSError, HTTPException."""
+    """Fetch `url` into `path`, which appears when it is whole.
+
+    Raises OSError, HTTPException.
+    """
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".part")
     print(f"fetching {url}", file=sys.stderr)
     try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(partial, "wb") as f:
+        with (urllib.request.urlopen(url, timeout=30) as response,
+              open(partial, "wb") as f):
             shutil.copyfileobj(response, f)
             if f.tell() != int(response.headers.get("Content-Length", f.tell())):
                 raise OSError("the connection ended early")
@@ -93,18 +101,20 @@ def fetch(url, path):
 def download(name):
     """The path of a file of DOWNLOADS, fetched once into data/.
 
-    Its SHA-256 is pinned here or kept beside it from the first fetch on. Raises InputError without
-    a network or when the sum differs.
+    Its SHA-256 is pinned here or kept beside it from the first fetch on. Raises
+    InputError without a network or when the sum differs.
     """
     url, pinned = DOWNLOADS[name]
-    path, kept = DATA / name, DATA / (name + ".sha256")
+    path = DATA / name
+    kept = DATA / (name + ".sha256")
     if not path.exists():
         try:
             fetch(url, path)
         except (OSError, http.client.HTTPException) as e:
-            raise InputError(f"{name} is not in {DATA} and could not be fetched ({e}); put it there "
-                             "yourself, or use a text that needs no network: stdlib, or your own "
-                             ".txt, .jsonl or .npy") from None
+            raise InputError(f"{name} is not in {DATA} and could not be fetched ({e}); "
+                             "put it there yourself, or use a text that needs no "
+                             "network: stdlib, or your own .txt, .jsonl or "
+                             ".npy") from None
     found = wanted = sha256(path)
     if pinned:
         wanted = pinned
@@ -117,7 +127,7 @@ def download(name):
     return path
 
 
-# -------------------------------------------------------------------------------- documents
+# ------------------------------------------------------------ documents
 def wikitext_rows(raw):
     """WikiText's published rows: a line with its newline, a blank line as ''."""
     lines = raw.removesuffix("\n").split("\n")
@@ -125,7 +135,10 @@ def wikitext_rows(raw):
 
 
 def jsonl_rows(lines, name):
-    """The texts under the key `text`, a JSON object a line. Raises InputError with the line."""
+    """The texts under the key `text`, a JSON object a line.
+
+    Raises InputError with the line.
+    """
     rows = []
     for i, line in enumerate(lines, 1):
         try:
@@ -138,9 +151,10 @@ def jsonl_rows(lines, name):
 
 
 def file_rows(path):
+    """The documents of a user's own file. Raises InputError."""
     if path.suffix not in (".txt", ".raw", ".jsonl"):
-        raise InputError(f"the text '{path}' is unknown; expected stdlib, wikitext2, c4, "
-                         "or a .txt, .raw, .jsonl or .npy file")
+        raise InputError(f"the text '{path}' is unknown; expected stdlib, wikitext2, "
+                         "c4, or a .txt, .raw, .jsonl or .npy file")
     try:
         content = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -153,9 +167,10 @@ def file_rows(path):
 def rows_of(text, split):
     """Documents of a named text or a file; `split` "train" calibrates, "test" evaluates.
 
-    Texts: stdlib; wikitext2 (raw); c4 (first 20,000 documents of the first training shard; first
-    1,100 of the first validation shard); a .txt (one document), .raw (WikiText's layout) or .jsonl
-    (key `text`) file, which has one split. Raises InputError.
+    Texts: stdlib; wikitext2 (raw); c4 (first 20,000 documents of the first training
+    shard; first 1,100 of the first validation shard); a .txt (one document), .raw
+    (WikiText's layout) or .jsonl (key `text`) file, which has one split. Raises
+    InputError.
     """
     if text == "stdlib":
         return stdlib_rows(split)
@@ -168,22 +183,24 @@ def rows_of(text, split):
     return file_rows(Path(text))
 
 
-# -------------------------------------------------------------------------------- tokens
+# ------------------------------------------------------------ tokens
 def too_short(text, tokens, seqlen):
-    return InputError(f"{text} is good for {tokens} tokens, fewer than one window of {seqlen} "
-                      "(calibration draws each from ten characters a token); "
+    return InputError(f"{text} is good for {tokens} tokens, fewer than one window of "
+                      f"{seqlen} (calibration draws each from ten characters a token); "
                       "give more text or a smaller --seqlen")
 
 
 class Tokenizer:
     """tokenizer.model (SentencePiece) or tokenizer.json beside a checkpoint.
 
-    encode(text) -> ids, decode(ids) -> text, `bos` (a list of 0 or 1 ids), `eos` (a set of ids).
-    Raises InputError when there is none, it cannot be read, or its vocabulary is not the model's.
+    encode(text) -> ids, decode(ids) -> text, `bos` (a list of 0 or 1 ids), `eos` (a set
+    of ids). Raises InputError when there is none, it cannot be read, or its vocabulary is
+    not the model's.
     """
 
     def __init__(self, ckpt):
-        sp, js = ckpt.folder / "tokenizer.model", ckpt.folder / "tokenizer.json"
+        sp = ckpt.folder / "tokenizer.model"
+        js = ckpt.folder / "tokenizer.json"
         if sp.is_file():
             self.read_sentencepiece(sp)
         elif js.is_file():
@@ -204,8 +221,9 @@ class Tokenizer:
         try:
             pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception:
-            raise InputError(f"{path} is not a SentencePiece model; use the weights' own, or remove "
-                             "it where a tokenizer.json lies beside it") from None
+            raise InputError(f"{path} is not a SentencePiece model; use the weights' "
+                             "own, or remove it where a tokenizer.json lies beside "
+                             "it") from None
         self.size = size = pieces.vocab_size()
         self.encode = pieces.encode
         # A padded vocabulary has ids without a piece.
@@ -234,7 +252,7 @@ class Tokenizer:
 
 
 def token_array(text, ckpt):
-    """A .npy file of token ids as a LongTensor: 1-D (a stream) or 2-D (the windows themselves)."""
+    """The token ids of a .npy file: 1-D (a stream) or 2-D (the windows), a LongTensor."""
     try:
         ids = np.load(text, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
@@ -255,21 +273,22 @@ def own_windows(text, ckpt):
 
 
 def with_defaults(ckpt, text=None, samples=None, seqlen=None):
-    """(text, windows, tokens a window), filled in where None: by a 2-D .npy file's own, by what the
-    checkpoint's config.json names under "defaults", by the paper's.
+    """(text, windows, tokens a window), filled in where None.
 
-    Raises InputError for a length beyond the model's context.
+    By a 2-D .npy file's own, by what the checkpoint's config.json names under "defaults",
+    by the paper's. Raises InputError for a length beyond the model's context.
     """
     defaults = {"text": "wikitext2", "samples": 256, "seqlen": 2048}
     defaults |= ckpt.raw.get("defaults") or {}
     text = text or defaults["text"]
     own = own_windows(text, ckpt)
     if own is not None:
-        given = (("--samples", samples, own.shape[0]), ("--seqlen", seqlen, own.shape[1]))
+        given = (("--samples", samples, own.shape[0]),
+                 ("--seqlen", seqlen, own.shape[1]))
         for option, value, found in given:
             if value not in (None, found):
-                raise InputError(f"{text} holds windows of shape {tuple(own.shape)}, {option} says "
-                                 f"{value}; leave {option} out")
+                raise InputError(f"{text} holds windows of shape {tuple(own.shape)}, "
+                                 f"{option} says {value}; leave {option} out")
         samples, seqlen = own.shape
     if samples is None:
         samples = defaults["samples"]
@@ -278,8 +297,8 @@ def with_defaults(ckpt, text=None, samples=None, seqlen=None):
     if samples < 1:
         raise InputError(f"--samples is {samples}; expected at least 1")
     if not 2 <= seqlen <= ckpt.cfg.context:
-        raise InputError(f"a window has {seqlen} tokens; expected 2 to {ckpt.cfg.context}, "
-                         "the model's context: set --seqlen")
+        raise InputError(f"a window has {seqlen} tokens; expected 2 to "
+                         f"{ckpt.cfg.context}, the model's context: set --seqlen")
     return text, samples, seqlen
 
 
@@ -289,19 +308,25 @@ def digest(windows):
     return hashlib.sha256(shape + windows.contiguous().numpy().tobytes()).hexdigest()
 
 
-# -------------------------------------------------------------------------------- prompts and what follows
+# ------------------------------------------------------------ prompts and what follows
 class Continuation:
     """One prompt and its continuation, printed as it grows when `live`."""
 
     def __init__(self, prompt, ids, tokenizer, stops, live):
-        self.ids, self.decode = ids[len(tokenizer.bos):], tokenizer.decode
-        self.stops, self.live = stops, live
+        self.ids = ids[len(tokenizer.bos):]
+        self.decode = tokenizer.decode
+        self.stops = stops
+        self.live = live
         self.prompt = self.text = prompt
-        self.before = len(tokenizer.decode(self.ids))       # characters of the prompt, decoded
+        # Characters of the prompt, decoded.
+        self.before = len(tokenizer.decode(self.ids))
         self.shown = 0
 
     def push(self, token):
-        """The `stop` of `generate`: take a token; true once a stop text, which is cut, has appeared."""
+        """The `stop` of `generate`: take a token; true once a stop text has appeared.
+
+        The stop text is cut.
+        """
         self.ids.append(token)
         more = self.decode(self.ids)[self.before:]
         found = [more.find(stop) for stop in self.stops if stop in more]
@@ -309,24 +334,31 @@ class Continuation:
         self.text = self.prompt + (more[:min(found)] if ended else more)
         if self.live:
             held = 0 if ended else self.held_back(more)
-            print(self.text[self.shown:len(self.text) - held], end="", flush=True)
-            self.shown = max(self.shown, len(self.text) - held)
+            until = len(self.text) - held
+            print(self.text[self.shown:until], end="", flush=True)
+            self.shown = max(self.shown, until)
         return ended
 
     def held_back(self, more):
-        """Characters not to be shown yet: an incomplete one, or what may begin a stop text."""
+        """How many characters wait: an incomplete one, or what may begin a stop text."""
         if more.endswith("\ufffd"):
             return len(more)
-        begun = [n for stop in self.stops for n in range(1, len(stop)) if more.endswith(stop[:n])]
+        begun = [n for stop in self.stops for n in range(1, len(stop))
+                 if more.endswith(stop[:n])]
         return max(begun, default=0)
 
 
 def read_prompts(path):
-    """The lines of the file `path` that are not blank. Raises InputError where there is none."""
+    """The lines of the file `path` that are not blank.
+
+    Raises InputError where there is none.
+    """
     try:
-        prompts = [line for line in Path(path).read_text("utf-8").splitlines() if line]
+        lines = Path(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"--prompt-file {path} cannot be read as UTF-8 text ({e})") from None
+        raise InputError(f"--prompt-file {path} cannot be read as UTF-8 text "
+                         f"({e})") from None
+    prompts = [line for line in lines if line]
     if not prompts:
         raise InputError(f"{path} has no prompt; expected one a line")
     return prompts

@@ -19,7 +19,7 @@ from model import Llama                       # noqa: E402
 from support.checkpoint import parse_config                       # noqa: E402
 
 torch.set_num_threads(min(2, os.cpu_count()))
-TINY = dict(SMALL, architectures=["LlamaForCausalLM"], model_type="llama")      # 2 blocks, dim 32, 4 heads on 2 kv heads
+TINY = dict(SMALL, architectures=["LlamaForCausalLM"], model_type="llama")  # 2 blocks, dim 32, 4 heads on 2 kv heads
 
 
 def write_checkpoint(folder, config=TINY, dtype=torch.float32, seed=0, **changes):

@@ -1,6 +1,6 @@
-"""Kill the demo run with SIGKILL at 20 random moments; each time the rerun must end in the file of an undisturbed run, bit by bit.
+"""Kill the demo run with SIGKILL at 20 random moments; every rerun must end in an undisturbed run's file, bit by bit.
 
-    python tests/kills.py [MOMENTS]         # about eight minutes on 2 cores; a short version is in test_large.py
+python tests/kills.py [MOMENTS]         # about eight minutes on 2 cores; a short version is in test_large.py
 """
 import random
 import shutil
@@ -24,7 +24,10 @@ def main():
         length = time.time() - begin
         at = [rng.uniform(0.1, 1.0) * length for _ in range(moments)]
         for moment, err in zip(at, killed_and_run_again(arguments, tmp / "out", at, tmp / "undisturbed")):
-            went_on = next((line for line in err.splitlines() if line.startswith("going on")), "from the statistics, or the beginning")
+            went_on = next(
+                (line for line in err.splitlines() if line.startswith("going on")),
+                "from the statistics, or the beginning",
+            )
             print(f"killed after {moment:5.1f} s of {length:.1f}; the rerun: {went_on}", flush=True)
             shutil.rmtree(tmp / "stats", ignore_errors=True)
             shutil.rmtree(tmp / "spill", ignore_errors=True)

@@ -2,9 +2,9 @@
 
     python tests/style.py                   # a table a group of files; --json FILE writes it
 
-Nodes are those of the syntax tree without load and store marks; a code line is neither blank, comment nor docstring. A slide
-holds 25 lines of 90 columns. METHOD names what a reader of the paper needs: the equations, the sweeps, the network, evaluation and
-cached attention. The rest of a file is arguments, messages, checks, imports.
+Nodes are those of the syntax tree without load and store marks; a code line is neither blank, comment nor docstring.
+A slide holds 25 lines of 90 columns. METHOD names what a reader of the paper needs: the equations, the sweeps, the
+network, evaluation and cached attention. The rest of a file is arguments, messages, checks, imports.
 """
 import ast
 import io
@@ -17,13 +17,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("air.py", "calibrate.py", "influence.py", "model.py", "eval_ppl.py", "generate.py")
 METHOD = {
-    "air.py": "rank_at profile normalise bend truncated_svd objective als_sweep native_factors Losses air svdllm svd fwsvd asvd "
-              "statistics Inputs Layer layers_of Method METHODS activation_loss solve compress_block",
-    "influence.py": "ScaleGradient epsilon_linear identity_norm identity_silu uniform uniform_mul uniform_attention attn_lrp Signal "
-                    "SIGNALS output_gradient start_gradient through_block add_influence block_backward backward_sweep",
+    "air.py": """rank_at profile normalise bend truncated_svd objective als_sweep native_factors Losses air svdllm svd
+        fwsvd asvd statistics Inputs Layer layers_of Method METHODS activation_loss solve compress_block""",
+    "influence.py": """ScaleGradient epsilon_linear identity_norm identity_silu uniform uniform_mul uniform_attention
+        attn_lrp Signal SIGNALS output_gradient start_gradient through_block add_influence block_backward
+        backward_sweep""",
     "calibrate.py": "calibration_windows recording add add_inputs embed forward_sweep",
-    "model.py": "Config LAYERS READS INPUTS rope rotate wide rms_norm attention PLAIN LowRank projection Block Llama to_logits",
-    "generate.py": "filtered Sampling Sampler value_shape Cache Step cached_attention low_rank_attention CachedBlock Decoder generate",
+    "model.py": """Config LAYERS READS INPUTS rope rotate wide rms_norm attention PLAIN LowRank projection Block Llama
+        to_logits""",
+    "generate.py": """filtered Sampling Sampler value_shape Cache Step cached_attention low_rank_attention CachedBlock
+        Decoder generate""",
     "eval_ppl.py": "evaluation_windows last_states js_divergence evaluate",
 }
 
@@ -120,8 +123,12 @@ def figures(paths):
 
 
 def main():
-    groups = {"six scripts": [ROOT / name for name in SCRIPTS], "support": sorted((ROOT / "support").glob("*.py")),
-              "experiments": sorted((ROOT / "experiments").glob("*.py")), "tests": sorted((ROOT / "tests").glob("*.py"))}
+    groups = {
+        "six scripts": [ROOT / name for name in SCRIPTS],
+        "support": sorted((ROOT / "support").glob("*.py")),
+        "experiments": sorted((ROOT / "experiments").glob("*.py")),
+        "tests": sorted((ROOT / "tests").glob("*.py")),
+    }
     groups |= {name: [ROOT / name] for name in SCRIPTS}
     result = {name: figures(paths) for name, paths in groups.items()}
     for name, row in result.items():

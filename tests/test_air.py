@@ -11,19 +11,24 @@ from model import LAYERS
 def problem(m=12, n=10, tokens=40, seed=0):
     """Random W (m, n), activations X (n, tokens), S, and a spread-out influence of unit mean; float64."""
     g = torch.Generator().manual_seed(seed)
-    W, X = torch.randn(m, n, generator=g).double(), torch.randn(n, n, generator=g).double() @ torch.randn(n, tokens, generator=g).double()
+    W, X = (
+        torch.randn(m, n, generator=g).double(),
+        torch.randn(n, n, generator=g).double() @ torch.randn(n, tokens, generator=g).double(),
+    )
     I = torch.rand(m, n, generator=g).double() ** 4
     return W, X, A.profile(X @ X.T)[0], I / I.mean()
 
 
-def algorithm_1(Wp, P, U, sigma, Vh, ranks):
-    """The pseudocode, line by line: W'_k and E_r are formed anew for every rank."""
+def by_regressions(Wp, P, U, sigma, Vh, ranks):
+    """The sweep by brute force: every number of v_r, then of ũ_r, solves a weighted regression of its own."""
     U, sigma, Vh = U.clone(), sigma.clone(), Vh.clone()
+    solve = lambda a, b, p: torch.linalg.lstsq((p.sqrt() * a)[:, None], p.sqrt() * b).solution[0]           # noqa: E731
     for r in ranks:
-        E = Wp - (U * sigma) @ Vh + sigma[r] * torch.outer(U[:, r], Vh[r])                      # line 5
-        Vh[r] = (U[:, r] @ (P * E)) / (sigma[r] * ((U[:, r] ** 2) @ P))                          # Eq. 21
-        u = ((P * E) @ Vh[r]) / (P @ Vh[r] ** 2)                                                # Eq. 26
-        sigma[r], U[:, r] = u.norm(), u / u.norm()                                              # Eq. 27
+        others = [s for s in range(len(sigma)) if s != r]
+        E = Wp - (U[:, others] * sigma[others]) @ Vh[others]
+        Vh[r] = torch.stack([solve(sigma[r] * U[:, r], E[:, j], P[:, j]) for j in range(E.shape[1])])
+        u = torch.stack([solve(Vh[r], E[i], P[i]) for i in range(E.shape[0])])
+        sigma[r], U[:, r] = u.norm(), u / u.norm()
     return U, sigma, Vh
 
 
@@ -43,7 +48,9 @@ def test_profile_repairs_relative_to_the_diagonal(scale):
     gram = scale * X @ X.T                                                  # rank 4 of 10
     S, shift = A.profile(gram)
     assert 0 < shift < 1e-6
-    assert torch.allclose(S @ S.T, gram + shift * gram.diagonal().mean() * torch.eye(10).double(), rtol=1e-9, atol=1e-12 * scale)
+    assert torch.allclose(
+        S @ S.T, gram + shift * gram.diagonal().mean() * torch.eye(10).double(), rtol=1e-9, atol=1e-12 * scale
+    )
 
 
 def test_profile_of_what_is_not_finite_ends():
@@ -78,7 +85,14 @@ def test_svdllm_error_is_the_dropped_singular_values():
 def test_full_rank_reconstructs_the_weight(shape):
     W, _, S, I = problem(*shape)
     k = min(shape)
-    for U, V in (A.svdllm(W, S, k), A.svd(W, k), A.fwsvd(W, I, k), A.fwsvd(W, I, k, "out"), A.asvd(W, I[0], k), A.air(W, S, I, k)[:2]):
+    for U, V in (
+        A.svdllm(W, S, k),
+        A.svd(W, k),
+        A.fwsvd(W, I, k),
+        A.fwsvd(W, I, k, "out"),
+        A.asvd(W, I[0], k),
+        A.air(W, S, I, k)[:2],
+    ):
         assert U.shape == (shape[0], k) and V.shape == (k, shape[1])
         assert distance(U @ V, W) < 1e-10
 
@@ -89,7 +103,11 @@ def test_full_rank_reconstructs_the_weight(shape):
 def test_delta_zero_and_uniform_influence_equal_svdllm():
     W, _, S, I = problem()
     U, V = A.svdllm(W, S, 4)
-    for other in (A.air(W, S, I, 4, delta=0.0), A.air(W, S, torch.ones_like(I), 4, delta=2.0), A.air(W, S, I, 4, sweeps=0)):
+    for other in (
+        A.air(W, S, I, 4, delta=0.0),
+        A.air(W, S, torch.ones_like(I), 4, delta=2.0),
+        A.air(W, S, I, 4, sweeps=()),
+    ):
         assert distance(other[0] @ other[1], U @ V) < 1e-10
     assert distance(A.air(W, S, I, 4)[0] @ A.air(W, S, I, 4)[1], U @ V) > 1e-2          # and with influence it moves
 
@@ -112,8 +130,12 @@ def test_each_update_is_a_weighted_least_squares_solution(r):
     U, sigma, Vh = A.truncated_svd(Wp, 4)
     U2, sigma2, Vh2 = A.als_sweep(Wp, P, U, sigma, Vh, [r])
     E = Wp - (U * sigma) @ Vh + sigma[r] * torch.outer(U[:, r], Vh[r])
-    v = torch.stack([torch.linalg.lstsq((P[:, j].sqrt() * sigma[r] * U[:, r])[:, None], P[:, j].sqrt() * E[:, j]).solution[0]
-                     for j in range(10)])
+    v = torch.stack(
+        [
+            torch.linalg.lstsq((P[:, j].sqrt() * sigma[r] * U[:, r])[:, None], P[:, j].sqrt() * E[:, j]).solution[0]
+            for j in range(10)
+        ]
+    )
     u = torch.stack([torch.linalg.lstsq((P[i].sqrt() * v)[:, None], P[i].sqrt() * E[i]).solution[0] for i in range(12)])
     assert torch.allclose(Vh2[r], v) and torch.allclose(U2[:, r] * sigma2[r], u)
     assert sigma2[r] == pytest.approx(u.norm().item())
@@ -122,19 +144,21 @@ def test_each_update_is_a_weighted_least_squares_solution(r):
 
 
 @pytest.mark.parametrize("order", ["backward", "forward"])
-def test_sweep_equals_the_pseudocode(order):
+def test_sweep_equals_regressions_one_number_at_a_time(order):
     W, _, S, I = problem(30, 20)
     Wp, P = W @ S, 1 + 2 * I
     start, ranks = A.truncated_svd(Wp, 8), range(7, -1, -1) if order == "backward" else range(8)
-    U, sigma, Vh = algorithm_1(Wp, P, *start, ranks)
+    U, sigma, Vh = by_regressions(Wp, P, *start, ranks)
     U2, sigma2, Vh2 = A.als_sweep(Wp, P, *start, ranks)
     assert distance(U2, U) < 1e-9 and distance(sigma2, sigma) < 1e-9 and distance(Vh2, Vh) < 1e-9
-    Uk, Vk, losses = A.air(W, S, I, 8, 2.0, 1, order)
-    assert distance(Uk @ Vk @ S, (U * sigma) @ Vh) < 1e-9                    # the default order is the pseudocode's
+    Uk, Vk, losses = A.air(W, S, I, 8, 2.0, (order,))
+    assert distance(Uk @ Vk @ S, (U * sigma) @ Vh) < 1e-9                    # and air() does it in this order
     if order == "backward":
         assert distance(A.air(W, S, I, 8)[0], Uk) == 0
-        assert distance(A.air(W, S, I, 8, order="forward")[0], Uk) > 1e-3
-    assert losses[1] == pytest.approx(A.objective(Wp, P, *start)) and losses[2] == pytest.approx(A.objective(Wp, P, U, sigma, Vh))
+        assert distance(A.air(W, S, I, 8, sweeps=("forward",))[0], Uk) > 1e-3
+    assert losses[1] == pytest.approx(A.objective(Wp, P, *start)) and losses[2] == pytest.approx(
+        A.objective(Wp, P, U, sigma, Vh)
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -184,7 +208,7 @@ def test_normalise_of_nothing_stays_finite():
 
 
 def test_fwsvd_and_asvd_minimise_their_own_weighted_errors():
-    """FWSVD: √F on inputs (columns) or outputs (rows); ASVD: (mean |x|)^0.5 on inputs. Each beats plain SVD by its own measure."""
+    """FWSVD: √F on inputs (columns) or outputs; ASVD: (mean |x|)^0.5. Each beats plain SVD by its own measure."""
     W, X, _, I = problem()
     mean_abs = X.abs().mean(1)
     plain = A.svd(W, 4)
@@ -201,7 +225,7 @@ def test_rank_keeps_at_most_the_rate(rate):
     for m, n in ((4096, 4096), (11008, 4096), (256, 128)):
         k = A.rank_at(rate, m, n)
         assert k * (m + n) <= rate * m * n + 1e-6 and rate * m * n < (k + 1) * (m + n)
-    assert A.rank_at(0.57, 200, 200) == 57 and A.rank_at(0.6, 4096, 4096) == 1228                               # Section 4.2
+    assert A.rank_at(0.57, 200, 200) == 57 and A.rank_at(0.6, 4096, 4096) == 1228  # Section 4.2
 
 
 @pytest.mark.parametrize("scale", ["unit", "max100"])

@@ -25,11 +25,13 @@ def test_stdlib_splits_share_no_file():
     assert not set(train) & set(test)
     assert 0.02 < len(test) / (len(train) + len(test)) < 0.09
     assert any("class OrderedDict" in row for row in train + test)
-    assert not any("unittest.main()" in row and "class TestCase(" in row for row in train if row.startswith("from test"))
+    assert not any(
+        "unittest.main()" in row and "class TestCase(" in row for row in train if row.startswith("from test")
+    )
 
 
 def test_calibration_windows_follow_the_released_recipe(demo, tmp_path):
-    """Seed 3: random.seed(3), randint(0, len - 10T - 1), 10T characters, first T tokens after one BOS; shorter skipped."""
+    """random.seed(3), randint(0, len - 10T - 1), 10T characters, first T tokens after one BOS; shorter skipped."""
     import random
     import sentencepiece
     text = "\n\n".join(f"def f{i}(x):\n    return x + {i}" for i in range(3000))
@@ -50,7 +52,11 @@ def test_evaluation_windows_are_disjoint_and_cover_the_text(demo, tmp_path):
     windows, tokens, per_byte = evaluation_windows(str(tmp_path / "t.jsonl"), demo, 16)
     joined = "\n\n".join(f"import module{i}" for i in range(90))
     ids = [1] + T.Tokenizer(demo).encode(joined)
-    assert windows.flatten().tolist() == ids[:len(ids) // 16 * 16] and tokens == len(ids) and per_byte == tokens / len(joined)
+    assert (
+        windows.flatten().tolist() == ids[: len(ids) // 16 * 16]
+        and tokens == len(ids)
+        and per_byte == tokens / len(joined)
+    )
 
 
 def test_token_arrays(tiny, tmp_path, windows):
@@ -58,7 +64,7 @@ def test_token_arrays(tiny, tmp_path, windows):
     np.save(tmp_path / "two.npy", windows.numpy().astype(np.int32))
     np.save(tmp_path / "one.npy", windows.flatten().numpy())
     two, one = str(tmp_path / "two.npy"), str(tmp_path / "one.npy")
-    assert T.choose(ckpt, two) == (two, 6, 24)
+    assert T.with_defaults(ckpt, two) == (two, 6, 24)
     assert torch.equal(C.calibration_windows(two, ckpt, 6, 24), windows)
     assert torch.equal(evaluation_windows(two, ckpt)[0], windows)
     assert torch.equal(evaluation_windows(one, ckpt, 10)[0], windows.flatten()[:140].view(14, 10))      # no BOS added
@@ -66,11 +72,14 @@ def test_token_arrays(tiny, tmp_path, windows):
     for row in C.calibration_windows(one, ckpt, 4, 10).tolist():
         assert any(row == stream[i:i + 10] for i in range(len(stream)))
     with pytest.raises(InputError, match="leave --seqlen out"):
-        T.choose(ckpt, two, None, 12)
+        T.with_defaults(ckpt, two, None, 12)
 
 
 def test_wikitext2_has_the_known_number_of_tokens(tmp_path):
-    raw, spm = SHARED / "data" / "wikitext2" / "wiki.test.raw", SHARED / "data" / "tokenizers" / "llama2_tokenizer.model"
+    raw, spm = (
+        SHARED / "data" / "wikitext2" / "wiki.test.raw",
+        SHARED / "data" / "tokenizers" / "llama2_tokenizer.model",
+    )
     if not raw.exists():
         pytest.skip("WikiText-2 and the LLaMA tokenizer are not at ../shared/data")
     folder = write_checkpoint(tmp_path / "llama", vocab_size=32000, max_position_embeddings=2048)
@@ -122,7 +131,9 @@ def test_a_download_that_changed_is_refused(tmp_path, monkeypatch):
 
 def test_jsonl_keeps_unusual_line_breaks_and_names_the_bad_line(tmp_path):
     good = tmp_path / "good.jsonl"
-    good.write_text(json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n\n" + json.dumps({"text": "d"}) + "\n")
+    good.write_text(
+        json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n\n" + json.dumps({"text": "d"}) + "\n"
+    )
     assert T.rows_of(str(good), "test") == ["a\u2028b\x85c", "d"]
     for bad in ('{"text": null}', '{"no": 1}', "[]", "x"):
         (tmp_path / "bad.jsonl").write_text('{"text": "ok"}\n' + bad)
@@ -137,7 +148,9 @@ def test_digest_knows_the_shape(windows):
 def test_tokenizer_json(tmp_path, monkeypatch):
     tokenizers = pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
     folder = write_checkpoint(tmp_path / "c", vocab_size=64, eos_token_id=[1, 2])
-    t = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, **{f"w{i}": i for i in range(1, 64)}}, unk_token="w1"))
+    t = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<s>": 0, **{f"w{i}": i for i in range(1, 64)}}, unk_token="w1")
+    )
     t.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     t.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     t.enable_truncation(4)

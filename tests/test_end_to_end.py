@@ -18,8 +18,26 @@ from conftest import ROOT, SHARED, distance, script, write_checkpoint
 from model import LAYERS, READS
 from support.checkpoint import Checkpoint
 
-KEYS = {"method", "rate", "signal", "delta", "params_dense", "params_compressed", "rate_decomposed", "rate_file", "ppl_dense",
-        "ppl_compressed", "text", "seqlen", "windows", "ranks", "loss", "repairs", "seconds", "peak_rss_bytes"}
+KEYS = {
+    "method",
+    "rate",
+    "signal",
+    "delta",
+    "params_dense",
+    "params_compressed",
+    "rate_decomposed",
+    "rate_file",
+    "ppl_dense",
+    "ppl_compressed",
+    "text",
+    "seqlen",
+    "windows",
+    "ranks",
+    "loss",
+    "repairs",
+    "seconds",
+    "peak_rss_bytes",
+}
 
 
 @pytest.fixture
@@ -27,7 +45,11 @@ def job(tiny, tmp_path, windows):
     """The arguments of a small air.py run: (checkpoint, arguments, output folder)."""
     np.save(tmp_path / "w.npy", windows.numpy())
     out = tmp_path / "out"
-    return tiny, ["--ckpt", tiny, "--calib", tmp_path / "w.npy", "--text", tmp_path / "w.npy", "--out", out, "--device", "cpu"], out
+    return (
+        tiny,
+        ["--ckpt", tiny, "--calib", tmp_path / "w.npy", "--text", tmp_path / "w.npy", "--out", out, "--device", "cpu"],
+        out,
+    )
 
 
 def in_process(monkeypatch, *arguments):
@@ -61,7 +83,11 @@ def test_every_method_writes_a_checkpoint_that_loads(method, job, tmp_path, wind
     dense = load_file(ckpt / "model.safetensors")
     assert (result["params_compressed"], result["params_dense"]) == (stored, sum(w.numel() for w in dense.values()))
     layers = [f"model.layers.{l}.{name}" for l in range(2) for name in LAYERS]
-    assert result["ranks"] == written.cfg.ranks == {layer: air.rank_at(0.5, *dense[layer + ".weight"].shape) for layer in layers}
+    assert (
+        result["ranks"]
+        == written.cfg.ranks
+        == {layer: air.rank_at(0.5, *dense[layer + ".weight"].shape) for layer in layers}
+    )
     assert written.raw["air"]["method"] == method and written.raw["air"]["calibration"]["sha256"]
     assert torch.isfinite(written.model()(windows)).all()
     assert str(out) in done.stdout and f"{result['ppl_compressed']:.3f}" in done.stdout
@@ -69,10 +95,12 @@ def test_every_method_writes_a_checkpoint_that_loads(method, job, tmp_path, wind
 
 
 def test_the_written_factors_give_the_same_logits_bit_for_bit(job, windows, monkeypatch):
-    """Replace the dense model's weights by the factors air computed, in memory: the loaded checkpoint's logits are equal."""
+    """The dense model with the factors air computed, in memory: the loaded checkpoint's logits are equal."""
     ckpt, arguments, out = job
     kept, add = {}, air.Writer.add
-    monkeypatch.setattr(air.Writer, "add", lambda self, part, tensors, note=None: (kept.update(tensors), add(self, part, tensors, note)))
+    monkeypatch.setattr(
+        air.Writer, "add", lambda self, part, tensors, note=None: (kept.update(tensors), add(self, part, tensors, note))
+    )
     in_process(monkeypatch, *arguments, "--quiet")
     written = Checkpoint(out)
     model = written.model()
@@ -84,8 +112,27 @@ def test_the_same_seed_gives_the_same_file(tmp_path):
     text = "\n\n".join(f"def f{i}(x, y={i}):\n    return x * {i} + y" for i in range(2000))
     (tmp_path / "t.txt").write_text(text)
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        done = script("air", "--ckpt", ROOT / "demo", "--calib", tmp_path / "t.txt", "--text", "none", "--samples", 4, "--seqlen", 64,
-                      "--layers", "0:1", "--seed", seed, "--out", tmp_path / name, "--device", "cpu")
+        done = script(
+            "air",
+            "--ckpt",
+            ROOT / "demo",
+            "--calib",
+            tmp_path / "t.txt",
+            "--text",
+            "none",
+            "--samples",
+            4,
+            "--seqlen",
+            64,
+            "--layers",
+            "0:1",
+            "--seed",
+            seed,
+            "--out",
+            tmp_path / name,
+            "--device",
+            "cpu",
+        )
         assert done.returncode == 0, done.stderr
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b != c
@@ -98,14 +145,25 @@ def test_statistics_are_used_again(job, tmp_path, air_py):
     assert air_py(*arguments, "--stats", tmp_path / "s").returncode == 0
     block = tmp_path / "s" / "block_001.gram.safetensors"
     stamp = block.stat().st_mtime_ns
-    for options in (["--rate", 0.4], ["--delta", 5], ["--method", "svdllm"], ["--method", "asvd"], ["--signal", "magnitude"]):
+    for options in (
+        ["--rate", 0.4],
+        ["--delta", 5],
+        ["--method", "svdllm"],
+        ["--method", "asvd"],
+        ["--signal", "magnitude"],
+    ):
         fresh = air_py(*arguments, *options, "--overwrite", "--out", tmp_path / "fresh")
         again = air_py(*arguments, *options, "--overwrite", "--stats", tmp_path / "s")
         assert fresh.returncode == again.returncode == 0, fresh.stderr + again.stderr
         assert block.stat().st_mtime_ns == stamp
         a, b = load_file(out / "model.safetensors"), load_file(tmp_path / "fresh" / "model.safetensors")
         for layer in Checkpoint(out).cfg.ranks:
-            assert distance(a[layer + ".U.weight"] @ a[layer + ".V.weight"], b[layer + ".U.weight"] @ b[layer + ".V.weight"]) < 1e-3
+            assert (
+                distance(
+                    a[layer + ".U.weight"] @ a[layer + ".V.weight"], b[layer + ".U.weight"] @ b[layer + ".V.weight"]
+                )
+                < 1e-3
+            )
     assert air_py(*arguments, "--signal", "fisher", "--overwrite", "--stats", tmp_path / "s").returncode == 0
     assert "self_attn.q_proj.gram" in load_file(block)
     for kind in ("lrp", "fisher"):
@@ -129,7 +187,9 @@ def test_layers_leaves_the_other_blocks_dense(job, air_py):
 def test_biases_survive(tmp_path, windows, air_py):
     ckpt = write_checkpoint(tmp_path / "q", architectures=["Qwen2ForCausalLM"])
     np.save(tmp_path / "w.npy", windows.numpy())
-    done = air_py("--ckpt", ckpt, "--calib", tmp_path / "w.npy", "--out", tmp_path / "out", "--rate", 1, "--device", "cpu")
+    done = air_py(
+        "--ckpt", ckpt, "--calib", tmp_path / "w.npy", "--out", tmp_path / "out", "--rate", 1, "--device", "cpu"
+    )
     assert done.returncode == 0, done.stderr
     after = load_file(tmp_path / "out" / "model.safetensors")
     for name, w in load_file(ckpt / "model.safetensors").items():
@@ -140,16 +200,33 @@ def test_biases_survive(tmp_path, windows, air_py):
 def test_official_through_the_command_line(official, tmp_path, air_py):
     folder, numbers = official
     np.save(tmp_path / "w.npy", numbers["windows"])
-    base = ("--ckpt", folder, "--calib", tmp_path / "w.npy", "--rate", 0.6, "--stats", tmp_path / "s", "--device", "cpu")
+    base = (
+        "--ckpt",
+        folder,
+        "--calib",
+        tmp_path / "w.npy",
+        "--rate",
+        0.6,
+        "--stats",
+        tmp_path / "s",
+        "--device",
+        "cpu",
+    )
     for kind in ("wxg", "fisher"):
         assert air_py(*base, "--signal", kind, "--out", tmp_path / kind, "--text", "none").returncode == 0
-    for out, options, key, tolerance in (("unit", (), "air_unit", 2e-3), ("max", ("--scale", "max100"), "air_max100", 2e-3),
-                                         ("svdllm", ("--method", "svdllm"), "svd_llm_w", 1e-4)):
+    for out, options, key, tolerance in (
+        ("unit", (), "air_unit", 2e-3),
+        ("max", ("--scale", "max100"), "air_max100", 2e-3),
+        ("svdllm", ("--method", "svdllm"), "svd_llm_w", 1e-4),
+    ):
         done = air_py(*base, *options, "--out", tmp_path / out)
         assert done.returncode == 0, done.stderr
         written = load_file(tmp_path / out / "model.safetensors")
         for layer, k in Checkpoint(tmp_path / out).cfg.ranks.items():
-            assert distance(written[layer + ".U.weight"] @ written[layer + ".V.weight"], numbers[f"{key}/{layer}"]) < tolerance
+            assert (
+                distance(written[layer + ".U.weight"] @ written[layer + ".V.weight"], numbers[f"{key}/{layer}"])
+                < tolerance
+            )
             assert k == numbers[f"rank/{layer}"]
     for l in range(2):
         stats = {k: x for kind in ("gram", "lrp", "wxg", "fisher")
@@ -157,7 +234,11 @@ def test_official_through_the_command_line(official, tmp_path, air_py):
         for name in LAYERS:
             layer = f"model.layers.{l}.{name}"
             assert distance(stats[READS[name] + ".gram"], numbers[f"gram/{layer}"]) < 1e-5
-            for kind, theirs, tolerance in (("lrp", "lrp", 2e-3), ("wxg", "weightxgrad", 1e-5), ("fisher", "fisher", 1e-5)):
+            for kind, theirs, tolerance in (
+                ("lrp", "lrp", 2e-3),
+                ("wxg", "weightxgrad", 1e-5),
+                ("fisher", "fisher", 1e-5),
+            ):
                 assert distance(stats[f"{name}.{kind}"], numbers[f"{theirs}/{layer}"]) < tolerance
     logits = Checkpoint(tmp_path / "max").model()(torch.from_numpy(numbers["windows"][:1]).long())[0]
     assert distance(logits, numbers["air_logits_window0"]) < 2e-3
@@ -166,7 +247,9 @@ def test_official_through_the_command_line(official, tmp_path, air_py):
 @pytest.mark.skipif(not (SHARED / "data").exists(), reason="the tokenizers are not at ../shared/data")
 def test_sentencepiece_text_on_another_family(tmp_path, air_py):
     """A Mistral-shaped model with Mistral's tokenizer, calibrated and evaluated on real text files."""
-    ckpt = write_checkpoint(tmp_path / "m", architectures=["MistralForCausalLM"], vocab_size=32000, num_key_value_heads=1)
+    ckpt = write_checkpoint(
+        tmp_path / "m", architectures=["MistralForCausalLM"], vocab_size=32000, num_key_value_heads=1
+    )
     shutil.copy(SHARED / "data" / "tokenizers" / "mistral_v1_tokenizer.model", ckpt / "tokenizer.model")
     test = tmp_path / "test.raw"
     test.write_text((SHARED / "data" / "wikitext2" / "wiki.test.raw").read_text("utf-8")[:30000], "utf-8")
@@ -212,12 +295,25 @@ BAD_CHECKPOINTS = {
     "activation": (lambda c: edit(c, hidden_act="gelu"), "'gelu'"),
     "rope scaling": (lambda c: edit(c, rope_scaling={"rope_type": "yarn", "factor": 4}), "'yarn'"),
     "rope scaling text": (lambda c: edit(c, rope_scaling="yarn"), "expected an object"),
-    "rope scaling keys": (lambda c: edit(c, rope_scaling={"rope_type": "llama3", "factor": 4}), "lacks low_freq_factor"),
-    "rope scaling of zero": (lambda c: edit(c, rope_scaling={"rope_type": "linear", "factor": 0}), "lacks factor above 0"),
+    "rope scaling keys": (
+        lambda c: edit(c, rope_scaling={"rope_type": "llama3", "factor": 4}),
+        "lacks low_freq_factor",
+    ),
+    "rope scaling of zero": (
+        lambda c: edit(c, rope_scaling={"rope_type": "linear", "factor": 0}),
+        "lacks factor above 0",
+    ),
     "kv heads text": (lambda c: edit(c, num_key_value_heads="2"), "no 'num_key_value_heads' above 0 (found '2')"),
     "half a layer": (lambda c: edit(c, num_hidden_layers=2.5), "no 'num_hidden_layers' above 0 (found 2.5)"),
-    "missing shard": (lambda c: ((c / "model.safetensors").unlink(), (c / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {Q: "model-00001-of-00002.safetensors"}}))), "model-00001-of-00002.safetensors"),
+    "missing shard": (
+        lambda c: (
+            (c / "model.safetensors").unlink(),
+            (c / "model.safetensors.index.json").write_text(
+                json.dumps({"weight_map": {Q: "model-00001-of-00002.safetensors"}})
+            ),
+        ),
+        "model-00001-of-00002.safetensors",
+    ),
 }
 
 
@@ -238,15 +334,24 @@ def refuse(monkeypatch, tmp_path, arguments, expected):
 
 
 BAD_ARGUMENTS = {
-    "rate 0": (["--rate", "0"], "above 0 and at most 1"), "rate 1.5": (["--rate", "1.5"], "above 0 and at most 1"),
-    "rate nan": (["--rate", "nan"], "above 0"), "rank 0": (["--rate", "0.01"], "rank 0"),
-    "sweeps": (["--sweeps", "-1"], "--sweeps"), "delta": (["--delta", "-1"], "--delta"),
-    "layers": (["--layers", "7:9"], "--layers"), "layers text": (["--layers", "x"], "--layers"),
-    "samples of an array": (["--samples", "3"], "leave --samples out"), "no text": (["--text", "nowhere.txt"], "cannot be read"),
-    "unknown text": (["--text", "ptb"], "is unknown"), "no array": (["--calib", "nowhere.npy"], "cannot be read"),
-    "layers clipped": (["--layers", "0:9"], "--layers"), "layers open": (["--layers", "1"], "--layers"),
-    "fp16 lrp": (["--dtype", "float16"], "bfloat16 or float32"), "json": (["--json", "nowhere/r.json"], "cannot write"),
-    "tokenizer missing": (["--text", "stdlib"], "no tokenizer.model"), "out is here": (["--out", "."], "already exists"),
+    "rate 0": (["--rate", "0"], "above 0 and at most 1"),
+    "rate 1.5": (["--rate", "1.5"], "above 0 and at most 1"),
+    "rate nan": (["--rate", "nan"], "above 0"),
+    "rank 0": (["--rate", "0.01"], "rank 0"),
+    "sweeps": (["--sweeps", "-1"], "--sweeps"),
+    "delta": (["--delta", "-1"], "--delta"),
+    "layers": (["--layers", "7:9"], "--layers"),
+    "layers text": (["--layers", "x"], "--layers"),
+    "samples of an array": (["--samples", "3"], "leave --samples out"),
+    "no text": (["--text", "nowhere.txt"], "cannot be read"),
+    "unknown text": (["--text", "ptb"], "is unknown"),
+    "no array": (["--calib", "nowhere.npy"], "cannot be read"),
+    "layers clipped": (["--layers", "0:9"], "--layers"),
+    "layers open": (["--layers", "1"], "--layers"),
+    "fp16 lrp": (["--dtype", "float16"], "bfloat16 or float32"),
+    "json": (["--json", "nowhere/r.json"], "cannot write"),
+    "tokenizer missing": (["--text", "stdlib"], "no tokenizer.model"),
+    "out is here": (["--out", "."], "already exists"),
     "out is all": (["--out", "/", "--overwrite"], "not a compressed checkpoint"),
     "the script for a checkpoint": (["--ckpt", ROOT / "air.py"], "not a .safetensors or .bin file"),
 }
@@ -258,9 +363,16 @@ def test_bad_arguments(case, job, tmp_path, monkeypatch):
     refuse(monkeypatch, tmp_path, [*arguments, *BAD_ARGUMENTS[case][0]], BAD_ARGUMENTS[case][1])
 
 
-@pytest.mark.parametrize("options, expected", [
-    (["--samples", "0"], "--samples is 0"), (["--seqlen", "0"], "expected 2 to 512"), (["--seqlen", "513"], "expected 2 to 512"),
-    (["--calib", "short.txt"], "fewer than one window"), (["--text", "short.txt"], "fewer than one window")])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--samples", "0"], "--samples is 0"),
+        (["--seqlen", "0"], "expected 2 to 512"),
+        (["--seqlen", "513"], "expected 2 to 512"),
+        (["--calib", "short.txt"], "fewer than one window"),
+        (["--text", "short.txt"], "fewer than one window"),
+    ],
+)
 def test_bad_windows(options, expected, tmp_path, monkeypatch):
     (tmp_path / "short.txt").write_text("x = 1")
     monkeypatch.chdir(tmp_path)
@@ -302,7 +414,9 @@ def test_a_layer_whose_input_is_always_zero(method, job, air_py):
 
 def test_plain_svd_reads_no_text(job, tmp_path, air_py):
     _, arguments, _ = job
-    done = air_py(*arguments[:2], *arguments[6:], "--method", "svd", "--text", "none", "--calib", tmp_path / "nowhere.txt")
+    done = air_py(
+        *arguments[:2], *arguments[6:], "--method", "svd", "--text", "none", "--calib", tmp_path / "nowhere.txt"
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -357,13 +471,18 @@ def test_existing_output_and_overwrite(job, air_py):
 
 
 def test_overwrite_spares_the_neighbours(job, tmp_path, air_py):
-    """Folders whose names resemble ours stay; a trailing slash is no obstacle; statistics inside the output are refused."""
+    """Folders with names like ours stay; a trailing slash is fine; statistics inside the output are refused."""
     _, arguments, out = job
     (tmp_path / "out.old").mkdir()
     (tmp_path / "out.old" / "mine").write_text("x")
     for _ in range(2):
         assert air_py(*arguments, "--out", f"{out}/", "--overwrite").returncode == 0
-    assert (tmp_path / "out.old" / "mine").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.old", "tiny", "w.npy"]
+    assert (tmp_path / "out.old" / "mine").exists() and sorted(p.name for p in tmp_path.iterdir()) == [
+        "out",
+        "out.old",
+        "tiny",
+        "w.npy",
+    ]
     refused = air_py(*arguments, "--overwrite", "--stats", out / "stats")
     assert refused.returncode == 2 and "lies inside" in refused.stderr and (out / "config.json").exists()
     refused = air_py(*arguments, "--overwrite", "--json", tmp_path / "new", "--out", tmp_path / "new")
@@ -382,16 +501,22 @@ def test_statistics_of_a_changed_checkpoint_or_damaged_file(job, tmp_path, air_p
     for bad in (whole[:1000], whole[:-9] + b"x" + whole[-8:], b""):
         block.write_bytes(bad)
         damaged = air_py(*arguments, "--overwrite", "--stats", tmp_path / "s")
-        assert damaged.returncode == 2 and "block_001.lrp.safetensors is not the file that was written" in damaged.stderr
+        assert (
+            damaged.returncode == 2 and "block_001.lrp.safetensors is not the file that was written" in damaged.stderr
+        )
     block.write_bytes(whole)
-    retensor(ckpt, lambda s: s.update({"model.layers.1.mlp.up_proj.weight": s["model.layers.1.mlp.up_proj.weight"] * 3}))
+    retensor(
+        ckpt, lambda s: s.update({"model.layers.1.mlp.up_proj.weight": s["model.layers.1.mlp.up_proj.weight"] * 3})
+    )
     changed = air_py(*arguments, "--overwrite", "--stats", tmp_path / "s")
     assert changed.returncode == 2 and "another checkpoint" in changed.stderr
 
 
 def test_activations_that_overflow_are_said(job, tmp_path, air_py):
     ckpt, arguments, out = job
-    retensor(ckpt, lambda s: s.update({"model.layers.0.mlp.up_proj.weight": s["model.layers.0.mlp.up_proj.weight"] * 1e30}))
+    retensor(
+        ckpt, lambda s: s.update({"model.layers.0.mlp.up_proj.weight": s["model.layers.0.mlp.up_proj.weight"] * 1e30})
+    )
     for method in ("svdllm", "asvd"):
         done = air_py(*arguments, "--method", method, "--text", "none")
         assert done.returncode == 1 and "activations overflowed" in done.stderr and not out.exists()
@@ -401,7 +526,9 @@ def test_a_full_disk(job, tmp_path, monkeypatch):
     _, arguments, out = job
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     refuse(monkeypatch, tmp_path, arguments, "GB free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100 if path.name == "s" else 10**9))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100 if path.name == "s" else 10**9)
+    )
     (tmp_path / "s").mkdir()
     refuse(monkeypatch, tmp_path, [*arguments, "--stats", tmp_path / "s"], "GB free")
     monkeypatch.undo()
@@ -417,10 +544,21 @@ def test_a_full_disk(job, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_interrupted(how, code, tmp_path):
-    """Ctrl-C says so and removes what it wrote; after kill -9 the target is not there either, and the next run finishes."""
+    """Ctrl-C says so and removes what it wrote; after kill -9 there is no target either; the next run finishes."""
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "air.py"), "--out", str(out), "--samples", "8", "--text", "none", "--device", "cpu"]
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)        # noqa: E731   a shell's background job ignores it
+    command = [
+        sys.executable,
+        str(ROOT / "air.py"),
+        "--out",
+        str(out),
+        "--samples",
+        "8",
+        "--text",
+        "none",
+        "--device",
+        "cpu",
+    ]
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731   a shell's background job ignores it
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     for line in process.stderr:
         if "model.layers" in line:

@@ -35,9 +35,11 @@ def test_js_divergence_by_hand():
 
 def test_divergence_between_checkpoints(tiny, tmp_path, windows):
     ckpt, other = Checkpoint(tiny), Checkpoint(write_checkpoint(tmp_path / "other", seed=1))
-    assert E.evaluate(ckpt, windows, CPU, torch.float32, ckpt)["js"] == pytest.approx(0, abs=1e-6)
+    states = [E.last_states(each, windows, CPU, torch.float32) for each in (ckpt, other)]
+    assert E.evaluate(ckpt, windows, CPU, torch.float32, states[0])["js"] == pytest.approx(0, abs=1e-6)
     p, q = (c.model()(windows)[:, :-1] for c in (ckpt, other))
-    assert E.evaluate(ckpt, windows, CPU, torch.float32, other)["js"] == pytest.approx(E.js_divergence(p, q).mean().item(), rel=1e-5)
+    found = E.evaluate(ckpt, windows, CPU, torch.float32, states[1])["js"]
+    assert found == pytest.approx(E.js_divergence(p, q).mean().item(), rel=1e-5)
 
 
 def test_non_finite_logits_are_reported_not_dropped(tiny, tmp_path, windows):
@@ -51,7 +53,19 @@ def test_non_finite_logits_are_reported_not_dropped(tiny, tmp_path, windows):
 
 def test_script_writes_the_keys(tiny, tmp_path, windows):
     np.save(tmp_path / "w.npy", windows.numpy())
-    done = script("eval_ppl", "--ckpt", tiny, "--text", tmp_path / "w.npy", "--against", tiny, "--json", tmp_path / "r.json", "--device", "cpu")
+    done = script(
+        "eval_ppl",
+        "--ckpt",
+        tiny,
+        "--text",
+        tmp_path / "w.npy",
+        "--against",
+        tiny,
+        "--json",
+        tmp_path / "r.json",
+        "--device",
+        "cpu",
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r.json").read_text())
     assert {"ppl", "nll", "bits_per_byte", "tokens", "windows", "seqlen", "text", "js"} <= result.keys()
@@ -61,6 +75,6 @@ def test_script_writes_the_keys(tiny, tmp_path, windows):
 
 def test_bits_a_byte(tiny, windows):
     ckpt = Checkpoint(tiny)
-    found = E.evaluate(ckpt, windows, CPU, torch.float32, tokens_per_byte=1 / 3)           # three bytes a token
-    assert found["bits_per_byte"] == pytest.approx(math.log2(math.exp(found["nll"])) / 3)
-    assert E.evaluate(ckpt, windows, CPU, torch.float32)["bits_per_byte"] is None
+    found = E.evaluate(ckpt, windows, CPU, torch.float32)
+    assert E.bits_per_byte(found, 1 / 3) == pytest.approx(math.log2(math.exp(found["nll"])) / 3)  # three bytes a token
+    assert E.bits_per_byte(found, None) is None

@@ -1,4 +1,4 @@
-"""fast.py gives what air.py's readable lines give."""
+"""support/fast.py gives what air.py's readable lines give."""
 import pytest
 import torch
 
@@ -6,7 +6,10 @@ import air
 from support import fast
 from conftest import distance
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")),
+]
 
 
 def with_spectrum(m, n, sigma, seed=0):
@@ -18,11 +21,13 @@ def with_spectrum(m, n, sigma, seed=0):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("m, n, k", [(300, 300, 90), (500, 300, 111), (200, 420, 81), (300, 300, 20), (300, 300, 300)])
-@pytest.mark.parametrize("decay, outliers", [(0.1, ()), (1, ()), (3, ()), (1, (300, 100, 30, 10)), (3, (1000, 900)), (8, ()), (0, ())])
+@pytest.mark.parametrize(
+    "decay, outliers", [(0.1, ()), (1, ()), (3, ()), (1, (300, 100, 30, 10)), (3, (1000, 900)), (8, ()), (0, ())]
+)
 def test_truncated_svd_is_optimal(m, n, k, decay, outliers, device):
-    """The energy it leaves is the least possible (LAPACK in fp64) to 1e-6, or at least no worse than the fp32 SVD leaves.
+    """The energy it leaves is the least possible (LAPACK in fp64) to 1e-6, or no worse than the fp32 SVD leaves.
 
-    Spectra from flat to steep, with and without a few directions of 1e6 times the energy, whose square fp32 cannot hold.
+    Spectra from flat to steep, with and without directions of 1e6 times the energy, whose square fp32 cannot hold.
     """
     sigma = torch.logspace(0, -decay / 2, min(m, n), dtype=torch.float64)
     sigma[:len(outliers)] = torch.tensor(outliers, dtype=torch.float64)
@@ -55,13 +60,16 @@ def test_huge_directions_do_not_send_it_to_the_ordinary_svd(monkeypatch):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("m, n, k, block", [(60, 40, 17, 8), (40, 60, 8, 8), (50, 50, 5, 8), (64, 48, 20, 1), (30, 50, 20, 3)])
-def test_als_sweep_is_air_pys(m, n, k, block, order, device):
+@pytest.mark.parametrize(
+    "m, n, k, block", [(60, 40, 17, 8), (40, 60, 8, 8), (50, 50, 5, 8), (64, 48, 20, 1), (30, 50, 20, 3)]
+)
+def test_als_sweep_is_air_pys(m, n, k, block, order, device, monkeypatch):
+    monkeypatch.setattr(fast, "BLOCK", block)
     g = torch.Generator().manual_seed(k)
     Wp = torch.randn(m, n, generator=g, dtype=torch.float64).to(device)
     P = 1 + 2 * torch.rand(m, n, generator=g, dtype=torch.float64).pow(6).to(device) * 7
     start, ranks = air.truncated_svd(Wp, k), range(k)[::order]
-    expected, got = air.als_sweep(Wp, P, *start, ranks), fast.als_sweep(Wp, P, *start, ranks, block)
+    expected, got = air.als_sweep(Wp, P, *start, ranks), fast.als_sweep(Wp, P, *start, ranks)
     assert all(distance(a.cpu(), b.cpu()) < 1e-10 for a, b in zip(got, expected))
     assert air.objective(Wp, P, *got) < air.objective(Wp, P, *start)
 
@@ -70,7 +78,10 @@ def test_als_sweep_is_air_pys(m, n, k, block, order, device):
 def test_air_on_a_wide_layer_is_the_same_either_way(monkeypatch, device):
     """The factors' product through fast.py and through the plain lines, fp32: 1e-4; the loss falls either way."""
     g = torch.Generator().manual_seed(5)
-    W, X = torch.randn(192, 256, generator=g).to(device), torch.randn(1000, 256, generator=g) * torch.logspace(1, -2, 256)
+    W, X = (
+        torch.randn(192, 256, generator=g).to(device),
+        torch.randn(1000, 256, generator=g) * torch.logspace(1, -2, 256),
+    )
     S, _ = air.profile((X.T @ X).to(device))
     I, products = torch.rand(192, 256, generator=g).pow(8).to(device), []
     for width in (float("inf"), 1):

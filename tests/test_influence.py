@@ -11,14 +11,17 @@ from support.checkpoint import Checkpoint
 from support.script import InputError
 
 
-def sweep(ckpt, windows, signal, dtype=torch.float64, gram=False, eps=1e-6):
+def sweep(ckpt, windows, signal, dtype=torch.float64, gram=False):
     """{(block, key): tensor} of a backward sweep."""
     inputs = {}
     for _ in forward_sweep(ckpt, embed(ckpt, windows, dtype), "cpu", keep=inputs):
         pass
-    g = R.start_gradient(ckpt, windows, inputs.pop(ckpt.cfg.n_layers), "cpu", signal, eps)
-    return {(l, key): value for l, stats in R.backward_sweep(ckpt, inputs, g, "cpu", signal, eps, gram)
-            for key, value in stats.items()}
+    g = R.start_gradient(ckpt, windows, inputs.pop(ckpt.cfg.n_layers), "cpu", signal)
+    return {
+        (l, key): value
+        for l, stats in R.backward_sweep(ckpt, inputs, g, "cpu", signal, gram)
+        for key, value in stats.items()
+    }
 
 
 def relevance(y, *inputs):
@@ -117,13 +120,14 @@ def test_sweep_equals_autograd_on_the_whole_model(signal, arch, tmp_path, window
 
 
 @pytest.mark.parametrize("signal", ["lrp", "lrp-all"])
-def test_lrp_sweep_equals_the_rules_on_the_whole_model(signal, tiny, windows):
-    ckpt = Checkpoint(tiny)
-    found, model = sweep(ckpt, windows, signal, eps=1e-3), ckpt.model(dtype=torch.float64).requires_grad_()
+def test_lrp_sweep_equals_the_rules_on_the_whole_model(signal, tiny, windows, monkeypatch):
+    ckpt, ops = Checkpoint(tiny), R.attn_lrp(1e-3)                  # a large ε, so that its place shows
+    monkeypatch.setitem(R.SIGNALS, signal, R.SIGNALS[signal]._replace(ops=ops))
+    found, model = sweep(ckpt, windows, signal), ckpt.model(dtype=torch.float64).requires_grad_()
     expected = {}
     for ids in windows:
         model.zero_grad()
-        logits = model(ids[None], R.operations("lrp", 1e-3))[0]
+        logits = model(ids[None], ops)[0]
         (logits[-1:] if signal == "lrp" else logits).amax(-1).sum().backward()
         for l in range(2):
             for name in LAYERS:
@@ -134,12 +138,12 @@ def test_lrp_sweep_equals_the_rules_on_the_whole_model(signal, tiny, windows):
 
 
 def test_relevance_of_a_layers_weights_is_its_outputs(tiny, windows):
-    """No bias, tiny ε: Σ W ⊙ R over a layer's weights is Σ over tokens of the relevance at its output, window by window.
+    """No bias, tiny ε: Σ W ⊙ R over a layer's weights is Σ over tokens of the relevance at its output.
 
     The signed sums of gate and up agree because the uniform rule gives both half of their product."""
     ckpt = Checkpoint(tiny)
     model = ckpt.model(dtype=torch.float64).requires_grad_()
-    logits = model(windows[:1], R.operations("lrp", 1e-12))
+    logits = model(windows[:1], R.attn_lrp(1e-12))
     logits[0, -1].amax().backward()
     mlp = model.model.layers[1].mlp
     total = {name: (layer.weight * layer.weight.grad).sum().item() for name, layer in mlp.named_children()}

@@ -1,4 +1,5 @@
 """large.py and what rests on it: block inputs on disk, several processes, interruptions."""
+import dataclasses
 import json
 import random
 import shutil
@@ -13,8 +14,9 @@ from safetensors.torch import load_file
 
 import air
 from support import large
-from conftest import ROOT, distance, write_checkpoint
-from support.checkpoint import Checkpoint, Folder
+from conftest import ROOT, TINY, distance, write_checkpoint
+from model import LAYERS, Llama
+from support.checkpoint import Checkpoint, TensorFolder, parse_config
 from support.script import InputError, check_space
 
 AIR = (sys.executable, str(ROOT / "air.py"))
@@ -42,16 +44,16 @@ def job(tmp_path):
 
 
 def test_folder_counts_only_what_its_manifest_names(tmp_path):
-    folder = Folder(tmp_path / "f", {"seed": 3})
+    folder = TensorFolder(tmp_path / "f", {"seed": 3})
     folder.save("a.safetensors", {"x": torch.arange(5)}, note=[1, 2])
     folder.save("b.safetensors", {"x": torch.ones(2)})
     folder.forget(["a.safetensors"])
     (tmp_path / "f" / "c.safetensors").write_bytes(b"left by something else")
-    again = Folder(tmp_path / "f", {"seed": 3})
+    again = TensorFolder(tmp_path / "f", {"seed": 3})
     assert list(again.files) == ["b.safetensors"] and torch.equal(again.load("b.safetensors")["x"], torch.ones(2))
     assert not (tmp_path / "f" / "a.safetensors").exists()
     with pytest.raises(InputError, match=r"another seed \(3 there, 4 now\)"):
-        Folder(tmp_path / "f", {"seed": 4})
+        TensorFolder(tmp_path / "f", {"seed": 4})
     (tmp_path / "f" / "b.safetensors").write_bytes(b"x")
     with pytest.raises(InputError, match="b.safetensors is not the file that was written"):
         again.load("b.safetensors")
@@ -61,7 +63,7 @@ def test_folder_counts_only_what_its_manifest_names(tmp_path):
 
 
 def killed_and_run_again(arguments, out, moments, undisturbed):
-    """Kill the run at each moment (a fraction of its length), run it again, and compare the file with an undisturbed one's."""
+    """Kill the run at each moment, run it again, and compare the file with an undisturbed one's."""
     done = 0
     for moment in moments:
         process = start(*arguments, "--out", out)
@@ -80,21 +82,23 @@ def killed_and_run_again(arguments, out, moments, undisturbed):
 
 
 def test_killed_at_any_moment_it_goes_on(job, tmp_path):
-    """SIGKILL at random moments, statistics folder and spilled inputs emptied between the moments; the file is bit-identical."""
+    """SIGKILL at random moments, statistics and spilled inputs emptied between them; the file is bit-identical."""
     before = time.time()
     assert finish(*job, "--out", tmp_path / "undisturbed")[0] == 0
     length, rng = time.time() - before, random.Random(0)
     stats, spill, errors = tmp_path / "stats", tmp_path / "spill", []
-    moments = [rng.uniform(0.55, 1.0) * length for _ in range(5)]           # before that Python is still importing
-    for err in killed_and_run_again((*job, "--stats", stats, "--spill", spill), tmp_path / "out", moments, tmp_path / "undisturbed"):
+    moments = [rng.uniform(0.55, 1.0) * length for _ in range(5)]  # before that Python is still importing
+    for err in killed_and_run_again(
+        (*job, "--stats", stats, "--spill", spill), tmp_path / "out", moments, tmp_path / "undisturbed"
+    ):
         errors.append(err)
         subprocess.run(["rm", "-rf", stats, spill])
         assert not (tmp_path / "out.partial").exists()
 
 
 def stopped(monkeypatch, job, extra, after, what="save"):
-    """Run air.main in this process and stop it, as a kill would, before the `after`-th file of a Folder is saved."""
-    saved, save = [], Folder.save
+    """Run air.main in this process and stop it, as a kill would, before the `after`-th file is saved."""
+    saved, save = [], TensorFolder.save
 
     class Killed(BaseException):
         pass
@@ -104,13 +108,13 @@ def stopped(monkeypatch, job, extra, after, what="save"):
             raise Killed
         saved.append(name)
         save(self, name, *rest, **more)
-    monkeypatch.setattr(Folder, "save", counted)
+    monkeypatch.setattr(TensorFolder, "save", counted)
     monkeypatch.setattr(sys, "argv", ["air.py", *map(str, (*job, *extra))])
     try:
         air.main()
     except Killed:
         pass
-    monkeypatch.setattr(Folder, "save", save)
+    monkeypatch.setattr(TensorFolder, "save", save)
     return saved
 
 
@@ -151,8 +155,11 @@ def test_finished_blocks_are_not_thrown_away(job, tmp_path, monkeypatch):
 def test_other_arguments_are_refused_and_named(job, tmp_path, monkeypatch):
     extra = ["--out", tmp_path / "o", "--stats", tmp_path / "s", "--quiet"]
     stopped(monkeypatch, job, extra, 4)
-    for options, named in ((("--rate", 0.4), "rate (0.5 there, 0.4 now)"), (("--delta", 3), "delta (2.0 there, 3.0 now)"),
-                           (("--layers", "0:2"), "layers (0:5 there, 0:2 now)")):
+    for options, named in (
+        (("--rate", 0.4), "rate (0.5 there, 0.4 now)"),
+        (("--delta", 3), "delta (2.0 there, 3.0 now)"),
+        (("--layers", "0:2"), "layers (0:5 there, 0:2 now)"),
+    ):
         code, _, err = finish(*job, *extra, *options)
         assert code == 2 and f"another {named}" in err and err.count("\n") == 1
     np.save(tmp_path / "w.npy", np.random.RandomState(2).randint(0, 64, size=(7, 24)))
@@ -167,11 +174,113 @@ def test_other_arguments_are_refused_and_named(job, tmp_path, monkeypatch):
 def test_spilled_inputs_give_the_same_file_and_leave_nothing(job, tmp_path):
     for options in ((), ("--spill", tmp_path / "spill")):
         assert finish(*job, *options, "--out", tmp_path / f"out{len(options)}")[0] == 0
-    assert (tmp_path / "out0" / "model.safetensors").read_bytes() == (tmp_path / "out2" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out0" / "model.safetensors").read_bytes() == (
+        tmp_path / "out2" / "model.safetensors"
+    ).read_bytes()
     assert not list((tmp_path / "spill").iterdir())
-    for i in range(2):                                          # the second run finds all statistics and has nothing to spill
-        code, _, err = finish(*job, "--spill", tmp_path / "spill", "--stats", tmp_path / "s", "--out", tmp_path / f"again{i}")
+    for i in range(2):  # the second run finds all statistics and has nothing to spill
+        code, _, err = finish(
+            *job, "--spill", tmp_path / "spill", "--stats", tmp_path / "s", "--out", tmp_path / f"again{i}"
+        )
         assert code == 0 and not list((tmp_path / "spill").iterdir()), err
+
+
+def plan_of(config, out, windows=(256, 2048)):
+    """The plan of a run at rate 0.6 over a model of `config`, and its result's bytes by counting parameters."""
+    cfg = parse_config(config)
+    with torch.device("meta"):
+        shapes = {name: tuple(w.shape) for name, w in Llama(cfg).state_dict().items()}
+    names = [f"model.layers.{l}.{name}" for l in range(cfg.n_layers) for name in LAYERS]
+    cut = {name: (*shapes[name + ".weight"], air.rank_at(0.6, *shapes[name + ".weight"])) for name in names}
+    plan = large.make_plan(cfg, cut, windows, torch.device("cpu"), torch.float32, "lrp")
+    with torch.device("meta"):
+        small = Llama(dataclasses.replace(cfg, ranks={name: k for name, (_, _, k) in cut.items()}))
+    return plan, 2 * sum(w.numel() for w in small.state_dict().values())
+
+
+def test_the_plans_result_is_the_result(tmp_path, monkeypatch):
+    """LLaMA-7B's shape: 8.3 GB in 16 bits at rate 0.6; that, the spill and the statistics on one disk are added up."""
+    config = dict(
+        TINY,
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=2048,
+    )
+    monkeypatch.setattr(large, "machine_rates", lambda *_: (1e11, 1e11, 1e10))
+    plan, result = plan_of(config, tmp_path)
+    plan.place((tmp_path / "out.partial", result), tmp_path / "spill", tmp_path / "stats")
+    assert plan.disk["result"] == (tmp_path / "out.partial", result) and result == pytest.approx(8.3e9, rel=0.01)
+    assert (
+        "result 8.29 GB" in plan.line() and "inputs 283.47 GB" in plan.line() and "statistics 69.81 GB" in plan.line()
+    )
+    free = sum(size for _, size in plan.disk.values())
+    monkeypatch.setattr(large, "free_bytes", lambda device: 10**12)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**13, 0, free))
+    plan.check()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**13, 0, free - 1))
+    with pytest.raises(InputError, match="GB are needed"):
+        plan.check()
+
+
+# ---- kept statistics are the plain ones
+
+
+@pytest.mark.parametrize("signal", [None, "lrp", "fisher"])
+@pytest.mark.parametrize("kept", ["nothing", "stats", "spill", "both", "again"])
+def test_kept_statistics_are_the_plain_ones_bit_by_bit(job, tmp_path, signal, kept):
+    ckpt, blocks = Checkpoint(job[1]), range(1, 4)
+    windows = torch.from_numpy(np.load(job[3]))
+    arguments = (ckpt, windows, torch.device("cpu"), torch.float32, blocks, signal)
+    plain = {l: {key: x.clone() for key, x in stats.items()} for l, stats in air.statistics(*arguments)}
+    folders = {"nothing": (None, None), "stats": (tmp_path / "s", None), "spill": (None, tmp_path / "p")}.get(
+        kept, (tmp_path / "s", tmp_path / "p"))
+    if kept == "again":
+        for _ in large.Kept(*folders).statistics(*arguments):
+            pass
+    found = dict(large.Kept(*folders).statistics(*arguments))
+    assert plain.keys() == found.keys() == set(blocks)
+    for l in blocks:
+        assert plain[l].keys() == found[l].keys() and all(torch.equal(x, found[l][key]) for key, x in plain[l].items())
+
+
+def test_statistics_know_the_code_that_made_them(tmp_path):
+    """A fork that edits a rule is refused the old numbers, by name; an edited comment or message changes nothing."""
+    shutil.copytree(
+        ROOT,
+        tmp_path / "fork",
+        ignore=shutil.ignore_patterns(".git", ".venv", "out", "data", "tests", "experiments", "*.png"),
+    )
+    rule = tmp_path / "fork" / "influence.py"
+    text = rule.read_text("utf-8")
+    command = (sys.executable, str(tmp_path / "fork" / "air.py"))
+    job = (
+        "--samples",
+        2,
+        "--seqlen",
+        32,
+        "--text",
+        "none",
+        "--layers",
+        "5:6",
+        "--stats",
+        tmp_path / "s",
+        "--device",
+        "cpu",
+    )
+    assert finish(*job, "--out", tmp_path / "a", command=command)[0] == 0
+    for harmless in (text.replace("# A.1:", "# Appendix A.1:"), text.replace("Identity rule for SiLU", "Rule for SiLU"),
+                     text.replace("the share of influence", "how much influence there is")):
+        assert harmless != text
+        rule.write_text(harmless, "utf-8")
+        code, _, err = finish(*job, "--out", tmp_path / "a", "--overwrite", command=command)
+        assert code == 0, err
+    rule.write_text(text.replace("lambda W, g: (W * g).abs()", "lambda W, g: torch.rand_like(W)", 1), "utf-8")
+    code, _, err = finish(*job, "--out", tmp_path / "b", command=command)
+    assert code == 2 and "made with another code (" in err.splitlines()[-1] and not (tmp_path / "b").exists()
 
 
 def test_the_plan_is_printed_and_refused(job, tmp_path, monkeypatch):
@@ -200,7 +309,15 @@ def test_what_lies_on_one_disk_is_added_up_and_what_is_there_is_not_asked_for_ag
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_give_one_processs_result(job, tmp_path, world):
     """7 windows and 5 blocks divide evenly by neither; sums agree to 1e-6, and so do the factors' products."""
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world), str(ROOT / "air.py"))
+    torchrun = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(world),
+        str(ROOT / "air.py"),
+    )
     for command, name in ((AIR, "one"), (torchrun, "many")):
         code, out, err = finish(*job, "--dtype", "float32", "--out", tmp_path / name, "--stats", tmp_path / f"s_{name}",
                                 "--json", tmp_path / f"{name}.json", command=command)
@@ -212,13 +329,14 @@ def test_processes_give_one_processs_result(job, tmp_path, world):
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "many"))
     assert a.keys() == b.keys()
     for layer in Checkpoint(tmp_path / "one").cfg.ranks:
-        assert distance(b[layer + ".U.weight"] @ b[layer + ".V.weight"], a[layer + ".U.weight"] @ a[layer + ".V.weight"]) < 1e-4
+        many, one = (w[layer + ".U.weight"] @ w[layer + ".V.weight"] for w in (b, a))
+        assert distance(many, one) < 1e-4
     one, many = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "many"))
     assert many["ranks"] == one["ranks"] and many["loss"].keys() == one["loss"].keys()
 
 
 def test_several_processes_go_on_where_one_was_killed(job, tmp_path, monkeypatch):
-    """What one process had finished is taken over; its gradient, of all windows, is not: each sweeps its own windows again."""
+    """What one process had finished is taken over; its gradient, of all windows, is not: each sweeps its own."""
     extra = ["--out", tmp_path / "out", "--stats", tmp_path / "s", "--quiet"]
     stopped(monkeypatch, job, extra, 6)
     assert list((tmp_path / "s").glob("gradient*"))
@@ -228,7 +346,10 @@ def test_several_processes_go_on_where_one_was_killed(job, tmp_path, monkeypatch
     assert finish(*job, "--out", tmp_path / "one")[0] == 0 and not list((tmp_path / "s").glob("gradient*"))
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "out"))
     for layer in Checkpoint(tmp_path / "one").cfg.ranks:
-        assert distance(b[layer + ".U.weight"] @ b[layer + ".V.weight"], a[layer + ".U.weight"] @ a[layer + ".V.weight"]) < 1e-4
+        assert (
+            distance(b[layer + ".U.weight"] @ b[layer + ".V.weight"], a[layer + ".U.weight"] @ a[layer + ".V.weight"])
+            < 1e-4
+        )
 
 
 def test_one_process_dying_ends_all(job, tmp_path):

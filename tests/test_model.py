@@ -54,11 +54,13 @@ def test_low_rank_equals_its_product():
 
 
 def test_old_and_new_configurations_read_the_same():
-    """LLaMA 1's config.json has no rope_theta, key/value heads or max_position_embeddings; new ones nest RoPE's keys."""
+    """LLaMA 1's config.json has no rope_theta, kv heads or max_position_embeddings; new ones nest RoPE's keys."""
     old = {k: v for k, v in TINY.items() if k not in ("rope_theta", "num_key_value_heads", "max_position_embeddings")}
     old |= {"architectures": ["LLaMAForCausalLM"], "max_sequence_length": 64}
     assert parse_config(old) == parse_config(TINY | {"num_key_value_heads": 4})
-    new = {k: v for k, v in TINY.items() if k != "rope_theta"} | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    new = {k: v for k, v in TINY.items() if k != "rope_theta"} | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}
+    }
     assert parse_config(new).rope_theta == 5e5
 
 
@@ -72,7 +74,9 @@ def test_sliding_window_bounds_the_context():
 
 @pytest.mark.parametrize("layout", ["file", "shards", "bin", "bin-shards", "fp16", "bf16"])
 def test_layouts(layout, tmp_path, windows):
-    folder = write_checkpoint(tmp_path / "ckpt", dtype={"fp16": torch.float16, "bf16": torch.bfloat16}.get(layout, torch.float32))
+    folder = write_checkpoint(
+        tmp_path / "ckpt", dtype={"fp16": torch.float16, "bf16": torch.bfloat16}.get(layout, torch.float32)
+    )
     expected = Checkpoint(folder).model(dtype=torch.float32)(windows)
     state, path = load_file(folder / "model.safetensors"), folder
     if layout == "file":
@@ -98,7 +102,7 @@ def test_blocks_one_at_a_time_equal_the_whole_model(tiny, windows):
     whole, x = ckpt.model(), ckpt.tensor("model.embed_tokens.weight")[windows]
     for l in range(2):
         x = ckpt.block(l)(x, M.rope(ckpt.cfg, windows.shape[1]))
-    assert torch.equal(M.to_logits(x, *ckpt.head(), ckpt.cfg), whole(windows))
+    assert torch.equal(M.to_logits(x, ckpt.head(), ckpt.cfg), whole(windows))
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
@@ -114,6 +118,17 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
 
 # ---- the writer
+
+
+def test_a_models_shapes_are_had_without_random_numbers(tiny, monkeypatch):
+    """nn.Embedding draws normal numbers, more than a second on the meta device: a header must not wait for them."""
+
+    def drawn(*_, **__):
+        raise AssertionError("a normal number was drawn")
+    for name in ("normal_", "trunc_normal_"):
+        monkeypatch.setattr(torch.nn.init, name, drawn)
+    monkeypatch.setattr(torch.Tensor, "normal_", drawn)
+    assert Checkpoint(tiny).cfg.n_layers == 2
 
 
 def test_writer_shards_and_reads_back(tiny, tmp_path, monkeypatch, windows):

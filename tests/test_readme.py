@@ -1,41 +1,99 @@
-"""README.md: its references point at the lines they name, its table is the committed JSON."""
+"""The README's equation table against the code, its figures against the committed JSON."""
+import ast
 import json
 import re
 
+import pytest
 from conftest import ROOT
-from experiments.common import against
+
+from experiments.report import against
 
 README = (ROOT / "README.md").read_text("utf-8")
+NOTEBOOK = (ROOT / "experiments" / "README.md").read_text("utf-8")
+RESULTS = ROOT / "experiments" / "results"
+ROWS = re.findall(r"^\| (.*?) \| `(\w+\.py)` `(\w+)` \| `(\w+\.py)::(\w+)` \|$", README, flags=re.M)
 
 
-def test_equation_table_points_at_its_lines():
-    rows, equation = re.findall(r"^\| (.*?) \| `(\w+\.py):(\d+)` \| `(\w+\.py)::(\w+)` \|$", README, flags=re.M), ""
-    assert len(rows) > 12
-    for named, file, line, test_file, test in rows:
-        equation = named.strip() or equation
-        text = (ROOT / file).read_text("utf-8").split("\n")[int(line) - 1]
-        tag = re.match(r"Eq\. \d+|Algorithm 1|Proposition [A\d.]+\d|Section 3\.1|AttnLRP", equation)[0]
-        assert tag in text or (tag, "rule" in text) == ("AttnLRP", True) or (tag, "|Ĩ|" in text) == ("Section 3.1", True), (file, line)
-        assert f"def {test}(" in (ROOT / "tests" / test_file).read_text("utf-8")
+def source(file, name):
+    """The source text of a function, or of what is assigned to a name, of a file's top level."""
+    text = (ROOT / file).read_text("utf-8")
+    for node in ast.parse(text).body:
+        names = [getattr(node, "name", None), *(getattr(target, "id", None) for target in getattr(node, "targets", ()))]
+        if name in names:
+            return ast.get_source_segment(text, node)
+    raise AssertionError(f"{file} has no {name}")
+
+
+@pytest.mark.parametrize("equation, file, name, test_file, test", ROWS, ids=lambda x: x[:12])
+def test_an_equations_tag_stands_inside_the_function_named(equation, file, name, test_file, test):
+    tag = re.match(r"Eq\. \d+|Algorithm 1, lines [\d-]+|Proposition [A\d.]+\d|Section 3\.1|AttnLRP", equation)[0]
+    assert re.search(rf"{re.escape(tag)}(?!\d)", source(file, name)), (tag, file, name)
+    assert f"def {test}(" in (ROOT / "tests" / test_file).read_text("utf-8")
+
+
+def test_the_table_has_the_equations_and_algorithm_1_all_its_lines():
+    assert len(ROWS) >= 18
+    text = source("air.py", "als_sweep") + source("air.py", "native_factors") + source("air.py", "air")
+    assert all(re.search(rf"lines? (\d+-)?{line}(?!\d)", text) for line in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11))
+
+
+def test_the_five_equations_name_functions_that_exist():
+    block = README.split("```")[1]
+    named = re.findall(r"(\w+)\.(\w+)(?:,|$)", block, flags=re.M)
+    assert len(named) == 6 and all(source(f"{module}.py", name) for module, name in named)
+
+
+def test_it_is_short_and_has_no_placeholder():
+    assert len(README.splitlines()) <= 180
+    assert not any("@@" in text for text in (README, NOTEBOOK, (ROOT / "demo" / "README.md").read_text("utf-8")))
+
+
+def test_links_lead_somewhere():
+    for text, folder in ((README, ROOT), (NOTEBOOK, ROOT / "experiments")):
+        for path, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]*))?\)", text):
+            target = (folder / path) if path else folder / "README.md"
+            assert target.exists(), path
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), flags=re.M)
+                slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+                assert anchor in slugs, anchor
 
 
 def test_speed_figures_are_the_committed_json():
-    speed = json.loads((ROOT / "experiments" / "results" / "speed.json").read_text())
-    section = README.split("## Speed")[1].split("## Conventions")[0]
+    speed = json.loads((RESULTS / "speed.json").read_text())
+    section = NOTEBOOK.split("## Speed")[1].split("\n## ")[0]
     for row in [speed["sweep"]["result"], *speed["als"]["result"]]:
         assert f"{row['ratio']:.2f}" in section
     assert f"{speed['demo']['result']['wall_s']:.0f} s" in section
 
 
+def test_agreement_figures_are_the_committed_json():
+    found = json.loads((RESULTS / "agreement.json").read_text())
+    section = NOTEBOOK.split("## Agreement")[1].split("\n## ")[0]
+    for key in ("logits", "gram", "lrp", "wxg", "fisher", "svd_llm_w", "air_unit", "air_max100"):
+        assert f"{found[key]:.0e}" in section, key
+    said = README.split("## Does it reproduce")[1].split("\n- ")[1]
+    for key in ("gram", "lrp", "svd_llm_w", "air_unit"):
+        assert f"{found[key]:.0e}".replace("e-0", "e-") in said, key
+
+
+def rows(name):
+    return json.loads((RESULTS / f"{name}-demo.json").read_text("utf-8"))["rows"]
+
+
 def test_what_the_demo_says_of_delta_and_the_square_root_is_the_committed_json():
-    rows = {name: json.loads((ROOT / "experiments" / "results" / f"{name}-demo.json").read_text("utf-8"))["rows"]
-            for name in ("fig3", "open_questions")}
-    section = README.split("**The paper's δ = 2")[1].split("- **How a model")[0]
+    section = NOTEBOOK.split("**The paper's δ = 2")[1].split("- **How a model")[0]
     named = re.findall(r"(\d\.\d) ± (\d\.\d) %", section)
-    compared = against(rows["fig3"], "rate", (0.6, 0.4), {"delta": 0.5}, {"delta": 0.0})
-    compared += against(rows["open_questions"], "rate", (0.6, 0.4), {"variant": "symmetric"}, {"variant": "default"})
-    assert [(f"{-mean:.1f}", f"{spread:.1f}") for mean, spread, _ in compared] == named
+    delta = against(rows("fig3"), "rate", (0.6, 0.4), {"delta": 0.5}, {"delta": 0.0})
+    root = against(rows("open_questions"), "rate", (0.6, 0.4), {"variant": "symmetric"}, {"variant": "default"})
+    assert [(f"{-mean:.1f}", f"{spread:.1f}") for mean, spread, _ in delta + root] == named
+    said = README.split("## Does it reproduce")[1].split("## ")[0]
+    assert re.findall(r"(\d\.\d) ± (\d\.\d) %", said) == named[:2]
 
 
-def test_no_placeholder_is_left():
-    assert "@@" not in README and "@@" not in (ROOT / "demo" / "README.md").read_text("utf-8")
+def test_the_number_of_claims_that_hold_is_the_committed_json():
+    verdicts = []
+    for path in sorted(RESULTS.glob("*-demo.json")):
+        verdicts += json.loads(path.read_text("utf-8")).get("verdicts", [])
+    holds = sum(verdict["holds"] is True for verdict in verdicts)
+    assert f"{holds} of {len(verdicts)} hold" in README

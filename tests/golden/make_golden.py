@@ -14,19 +14,55 @@ SMALL = dict(hidden_act="silu", vocab_size=64, hidden_size=32, intermediate_size
              rope_theta=10000.0, tie_word_embeddings=False)
 CASES = {
     "llama-grouped": dict(SMALL, architectures=["LlamaForCausalLM"], model_type="llama"),
-    "llama-multihead-wide-heads": dict(SMALL, architectures=["LlamaForCausalLM"], model_type="llama", num_key_value_heads=4,
-                                       head_dim=12, attention_bias=True, mlp_bias=True),
-    "llama-3.1-rope": dict(SMALL, architectures=["LlamaForCausalLM"], model_type="llama", rope_theta=500000.0,
-                           rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                                             original_max_position_embeddings=16)),
-    "llama-linear-rope": dict(SMALL, architectures=["LlamaForCausalLM"], model_type="llama",
-                              rope_scaling=dict(rope_type="linear", factor=4.0)),
-    "mistral": dict(SMALL, architectures=["MistralForCausalLM"], model_type="mistral", num_key_value_heads=1,
-                    sliding_window=48, rms_norm_eps=1e-6),
-    "qwen2.5": dict(SMALL, architectures=["Qwen2ForCausalLM"], model_type="qwen2", rope_theta=1000000.0,
-                    use_sliding_window=False, sliding_window=64, max_window_layers=2),
-    "qwen2.5-tied": dict(SMALL, architectures=["Qwen2ForCausalLM"], model_type="qwen2", tie_word_embeddings=True,
-                         use_sliding_window=False),
+    "llama-multihead-wide-heads": dict(
+        SMALL,
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        num_key_value_heads=4,
+        head_dim=12,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+    "llama-3.1-rope": dict(
+        SMALL,
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        rope_theta=500000.0,
+        rope_scaling=dict(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=16,
+        ),
+    ),
+    "llama-linear-rope": dict(
+        SMALL, architectures=["LlamaForCausalLM"], model_type="llama", rope_scaling=dict(rope_type="linear", factor=4.0)
+    ),
+    "mistral": dict(
+        SMALL,
+        architectures=["MistralForCausalLM"],
+        model_type="mistral",
+        num_key_value_heads=1,
+        sliding_window=48,
+        rms_norm_eps=1e-6,
+    ),
+    "qwen2.5": dict(
+        SMALL,
+        architectures=["Qwen2ForCausalLM"],
+        model_type="qwen2",
+        rope_theta=1000000.0,
+        use_sliding_window=False,
+        sliding_window=64,
+        max_window_layers=2,
+    ),
+    "qwen2.5-tied": dict(
+        SMALL,
+        architectures=["Qwen2ForCausalLM"],
+        model_type="qwen2",
+        tie_word_embeddings=True,
+        use_sliding_window=False,
+    ),
 }
 
 
@@ -58,8 +94,13 @@ def main():
         ids = np.random.RandomState(7).randint(0, 64, size=(2, 40))
         with torch.no_grad():
             logits = model(torch.from_numpy(ids)).logits.numpy()
-        np.savez(Path(__file__).parent / f"{case}.npz", ids=ids.astype(np.int16), logits=logits,
-                 config=json.dumps(config), made_with=f"transformers {transformers.__version__}, torch {torch.__version__}")
+        np.savez(
+            Path(__file__).parent / f"{case}.npz",
+            ids=ids.astype(np.int16),
+            logits=logits,
+            config=json.dumps(config),
+            made_with=f"transformers {transformers.__version__}, torch {torch.__version__}",
+        )
         print(case, logits.std(), len(shapes))
 
 
