@@ -1,331 +1,231 @@
-"""What the experiments share: texts, statistics kept for every calibration seed, compression and evaluation in memory, results
-kept cell by cell, means with their spread, verdicts on the paper's claims, and the README's blocks.
+"""What the experiments share: arguments, texts, compression in memory, and the
+laboratory that keeps what it has measured, cell by cell.
 
-A script hands Lab.measure a list of settings; what was measured before is read, the rest is computed and kept at once, so a run
-continues where it stopped. Working files lie in out/experiments/NAME-FINGERPRINT; deleting that folder starts afresh.
+A script hands Lab.measure a list of settings; what was measured before is read, the
+rest is computed and kept at once, so a run continues where it stopped. Working files
+lie in out/experiments/NAME-FINGERPRINT; deleting that folder starts afresh.
 """
 import copy
 import hashlib
+import inspect
 import json
-import math
 import os
 import platform
 import re
 import shutil
-import sys
 import time
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from air import air, asvd, fwsvd, normalise, profile, rank_at, statistics, svd, svdllm
-from calibrate import calibration_windows, embed, forward_sweep
-from support.texts import choose, digest
-from eval_ppl import evaluation_windows
-from eval_ppl import js_divergence
-from influence import SIGNALS, check_signal
-from model import LAYERS, READS, to_logits
-from support.checkpoint import Checkpoint
-from support.script import InputError, parser, pick_device
+from air import METHODS, Options, compress_block, pick_ranks
+from calibrate import calibration_windows
+from eval_ppl import evaluate, evaluation_windows, last_states
+from experiments.report import (RESULTS, block, claims, mean_spread, number, pyplot,
+                                refresh)
+from influence import check_signal
+from support.checkpoint import Checkpoint, in_memory
+from support.large import SWEEPS, Kept
+from support.script import (ROOT, InputError, Progress, code_digest, finite, parser,
+                            pick_device, write_json, write_whole)
+from support.texts import digest, with_defaults
 
-ROOT = Path(__file__).resolve().parents[1]
-AIR = {"signal": "lrp", "scale": "mean", "delta": 2.0, "sweeps": 1, "order": "backward"}                # the paper's defaults
-SCRIPTS = ("table2", "table7", "table8", "fig1", "fig2", "fig3", "fig5", "fig6", "a6", "open_questions")
-COLOURS = {"orange": "#E69F00", "sky": "#56B4E9", "blue": "#0072B2", "red": "#D55E00", "grey": "#999999"}    # Okabe and Ito's
+CODE = (*SWEEPS, "air.py", "eval_ppl.py", "support/fast.py")        # what computes a cell
 
 
-# ---------------------------------------------------------------------------------------------- means, spreads, verdicts
-def mean_spread(values):
-    """(mean, sample standard deviation) over seeds; the spread of one value is None, it is not known."""
-    values = [math.nan if v is None else v for v in values]
-    mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
+# ------------------------------------------------------------ arguments
+@dataclass
+class Setup:
+    """What the command line says; `arguments` explains each field."""
+
+    ckpt: str                           # the dense checkpoint
+    text: str | None = None             # evaluation text; None: calib's held-out part
+    text2: str | None = None            # the second one; None: as OTHER has it
+    calib: str | None = None            # calibration text; None: the checkpoint's
+    samples: int | None = None          # calibration windows; None: the checkpoint's
+    seqlen: int | None = None           # tokens a window; None: the checkpoint's
+    seeds: str = "3,4,5"                # of the calibration windows' starts
+    windows: int = 120                  # evaluation windows, evenly spaced; 0: all
+    work: str | Path = ROOT / "out" / "experiments"     # statistics and cells
+    results: str | Path = RESULTS       # JSON and pictures
+    device: str | None = None           # None: a GPU where there is one
+    dtype: str | None = None            # None: bfloat16 on a GPU, else float32
 
 
-def compare(a, b):
-    """a against b over the same seeds: (mean, spread, word) of the paired differences a_s/b_s − 1, in %.
-
-    The seeds share their calibration and evaluation windows, so the spread is that of the paired differences (sample standard
-    deviation). word: "lower" or "higher"; "no difference" for a mean not above its spread; "undecided" for one seed. A list
-    of one stands for every seed: a method that sees no calibration text.
-    """
-    n = max(len(a), len(b))
-    a, b = (list(each) * n if len(each) == 1 else each for each in (a, b))
-    mean, spread = mean_spread([math.nan if None in (x, y) else 100 * (x / y - 1) for x, y in zip(a, b, strict=True)])
-    if spread is None or math.isnan(mean):
-        return mean, spread, "undecided"
-    return mean, spread, "no difference" if abs(mean) <= spread else "lower" if mean < 0 else "higher"
+# {calibration text: the second text}
+OTHER = {"stdlib": "torch.nn", "wikitext2": "c4"}
 
 
-def find(rows, **wanted):
-    """The one row with these settings."""
-    return next(row for row in rows if all(row.get(key) == value for key, value in wanted.items()))
+def arguments(doc):
+    """A parser of Setup's fields."""
+    p = parser(doc)
+    p.add_argument("--text", help="evaluation text "
+                   "(default: the calibration text's held-out part)")
+    p.add_argument("--text2", help="a second text, where the paper has C4 "
+                   "(default: torch.nn for stdlib, c4 for wikitext2)")
+    p.add_argument("--calib", help="calibration text "
+                   "(default: the checkpoint's: stdlib for the demo, wikitext2 for "
+                   "others)")
+    p.add_argument("--samples", type=int,
+                   help="calibration windows (default: the checkpoint's)")
+    p.add_argument("--seqlen", type=int,
+                   help="tokens a window (default: the checkpoint's)")
+    p.add_argument("--seeds", default=Setup.seeds,
+                   help="calibration seeds (default 3,4,5)")
+    p.add_argument("--windows", type=int, default=Setup.windows, help="evaluate on this "
+                   "many evenly spaced windows; 0: all (default 120)")
+    p.add_argument("--work", default=str(Setup.work),
+                   help="statistics and cells (default out/experiments)")
+    p.add_argument("--results", default=str(Setup.results),
+                   help="folder of the JSON and the picture")
+    return p
 
 
-def against(rows, key, values, a, b, text="text", what="ppl"):
-    """compare(a, b) at every value of the setting `key`; a and b are the settings that tell the two rows."""
-    return [compare(*(find(rows, **{key: value}, **each)[what][text] for each in (a, b))) for value in values]
+def setup_of(doc):
+    """The Setup of a script's command line that has no further arguments."""
+    return Setup(**vars(arguments(doc).parse_args()))
 
 
-def every(compared, *words):
-    """True when the word of every comparison is one of `words`, None when one is undecided, else False."""
-    found = {word for *_, word in compared}
-    return None if "undecided" in found else found <= set(words)
-
-
-def verdict(claim, holds, measured, otherwise=""):
-    """A claim as measured: holds True, False or None. `otherwise`: what may explain a failure, and the smallest test of it."""
-    return {"claim": claim, "holds": holds, "measured": measured, "otherwise": otherwise}
-
-
-def verdict_line(v):
-    words = {True: "holds", False: "does not hold", None: "undecided (one seed)"}[v["holds"]]
-    tail = f" May explain it: {v['otherwise']}" if v["holds"] is False and v["otherwise"] else ""
-    return f"**{words}**: {v['claim']} Measured: {v['measured']}{tail}"
-
-
-def number(x):
-    return "–" if x is None or math.isnan(x) else f"{x:.2f}" if abs(x) < 100 else f"{x:.1f}" if abs(x) < 1000 else f"{x:,.0f}"
-
-
-def show(values):
-    """'22.73 ± 0.12', or '22.73' for one seed."""
-    mean, spread = mean_spread(values)
-    return number(mean) + (f" ± {number(spread)}" if spread is not None else "")
-
-
-def percent(compared):
-    """'-9.1 ± 0.8 %', with 'no difference' in brackets where that is the word."""
-    mean, spread, word = compared
-    known = "" if spread is None else f" ± {spread:.1f}"
-    return f"{mean:+.1f}{known} %" + (" (no difference)" if word == "no difference" else "")
-
-
-def listed(values, compared):
-    """'0.6: -9.1 ± 0.8 %; 0.4: …'."""
-    return "; ".join(f"{value:g}: {percent(each)}" for value, each in zip(values, compared))
-
-
-def table(head, rows, left=1):
-    """A markdown table; the first `left` columns are words, the others figures."""
-    rule = ["---"] * left + ["---:"] * (len(head) - left)
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, rule, *rows])
-
-
-# ---------------------------------------------------------------------------------------------- files
-def write_whole(path, text):
-    """Write a file so that it is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
-
-
-def clean(value):
-    """Numbers that are not finite become null, which JSON can hold."""
-    if isinstance(value, dict):
-        return {key: clean(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [clean(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def caption(result, calibrated=None):
-    """How a result was measured, from its own JSON; `calibrated`: what it was calibrated on where that varies."""
-    c = result["calibration"]
-    texts = [f"{t['windows']} of {t['of']} windows of {t['seqlen']} tokens of {t['name']} (evenly spaced)"
-             for t in result["texts"].values()]
-    said = [result["checkpoint"], *(["perplexity on " + " and ".join(texts)] if texts else []),
-            f"calibration on {calibrated or '{samples} × {seqlen} tokens of {text}'.format(**c)}, "
-            f"seed{'s' * (len(c['seeds']) > 1)} "
-            + ", ".join(map(str, c["seeds"])) + (" (± their standard deviation)" if len(c["seeds"]) > 1 else "")]
-    return f"*{'; '.join(said)}.*"
-
-
-def block(module, result):
-    """What the README shows of a script: its table, how it was measured, its verdicts."""
-    lines = [f"- {verdict_line(v)}" for v in module.verdicts(result)]
-    return "\n".join([module.markdown(result), "", caption(result, getattr(module, "CALIBRATED", None)), "", *lines])
-
-
-def claims(results):
-    """The README's table of the paper's claims, from the verdicts in the committed results of the demo."""
-    words, rows = {True: "holds", False: "**does not hold**", None: "undecided"}, []
-    for name in SCRIPTS:
-        path = results / f"{name}-demo.json"
-        rows += [[f"`{name}`", v["claim"], words[v["holds"]]] for v in
-                 (json.loads(path.read_text("utf-8"))["verdicts"] if path.exists() else ())]
-    return table(["script", "claim", "on the demo"], rows, left=3)
-
-
-def refresh(name, text, root=ROOT):
-    """Replace what stands between <!-- name --> and <!-- /name --> in README.md and experiments/README.md of `root`."""
-    for path in (path for path in (root / "README.md", root / "experiments" / "README.md") if path.exists()):
-        old = path.read_text("utf-8")
-        new = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + text + "\n" + m[2], old, flags=re.S)
-        if new != old:
-            write_whole(path, new)
-
-
-def pyplot():
-    """matplotlib.pyplot without a screen, or None after saying what is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: it needs matplotlib (pip install matplotlib); the JSON has its numbers", file=sys.stderr)
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 110, "axes.spines.top": False,
-                         "axes.spines.right": False})
-    return plt
-
-
+# ------------------------------------------------------------ a second text
 def torch_nn(split, folder):
-    """The source of the installed torch.nn as a .txt file in `folder`, one file in ten held out ("test") by a hash of its path.
+    """The path of torch.nn's installed source, written to `folder` as a .txt file.
 
-    The demo's second text: Python by other authors, and the same for everybody, since requirements.txt pins the package.
+    One file in ten is held out ("test") by a hash of its path. The demo's second text:
+    Python by other authors, and the same for everybody, since requirements.txt pins the
+    package.
     """
-    root, out = Path(torch.nn.__file__).parent, folder / f"torch.nn-{split}.txt"
-    files = {path: hashlib.sha256(path.relative_to(root).as_posix().encode()).hexdigest() for path in sorted(root.rglob("*.py"))}
-    rows = [path.read_text("utf-8") for path, name in files.items() if (int(name, 16) % 10 == 0) == (split == "test")]
+    root = Path(torch.nn.__file__).parent
+    rows = []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
+        if held_out == (split == "test"):
+            rows.append(path.read_text("utf-8"))
+    out = folder / f"torch.nn-{split}.txt"
     write_whole(out, "\n\n".join(row for row in rows if row.strip()))
     return str(out)
 
 
-# ---------------------------------------------------------------------------------------------- compress and evaluate in memory
-def signal_of(setting):
-    """The backward signal a setting's statistics need; lrp's for a method without one, None for plain SVD."""
-    signal = {"air": (AIR | setting)["signal"], "fwsvd": "fisher"}.get(setting["method"])
-    return None if setting["method"] == "svd" else signal if signal in SIGNALS else "lrp"
+# ------------------------------------------------------------ a setting
+# A setting is a dict: "rate", any fields of air.Options, "calib" and "samples" where they
+# are not the lab's, and whatever is to tell its row from others ("variant").
+def options_of(setting):
+    """air's Options of a setting: the paper's but for the fields it has."""
+    names = [each.name for each in fields(Options)]
+    return Options(**{name: setting[name] for name in names if name in setting})
 
 
-def solver(setting):
-    """A setting {"method": …, options} -> the function (W, stats, name, k, S) -> U (m, k), V (k, n), and for air its losses."""
-    method, s = setting["method"], AIR | setting
-
-    def solve(W, stats, name, k, S):
-        if method == "air":
-            I = (torch.ones_like(W) if s["signal"] == "ones" else W.abs() if s["signal"] == "magnitude" else
-                 stats[f"{name}.{s['signal']}"].to(W.dtype))
-            return air(W, S, normalise(I, s["scale"]), k, s["delta"], s["sweeps"], s["order"])
-        if method == "fwsvd":
-            return fwsvd(W, stats[f"{name}.fisher"].to(W.dtype), k)
-        if method == "asvd":
-            return asvd(W, stats[f"{READS[name]}.mean_abs"].to(W.dtype), k)
-        return svdllm(W, S, k) if method == "svdllm" else svd(W, k)
-    return solve
+def reads_nothing(options):
+    """Does the method see no calibration text, as plain SVD?"""
+    return METHODS[options.method].reads == "nothing"
 
 
-def compress(ckpt, sweep, rate, solve, device):
-    """Every layer's weight replaced by the factors of solve(W, stats, name, k, S) -> U, V[, losses], in memory.
+def source_of(options):
+    """The file in which the method is written, relative to the repository."""
+    path = inspect.getsourcefile(METHODS[options.method].factors)
+    return os.path.relpath(os.path.realpath(path), ROOT)
 
-    `sweep` yields (block, statistics). Returns (a Checkpoint whose tensors are those air.py would write, so rounded to the
-    checkpoint's dtype; [losses of each layer]). Raises InputError for a rate that leaves a layer rank 0.
+
+def compress(ckpt, sweep, rate, options, device):
+    """Every layer decomposed, in memory; `sweep` yields (block, statistics).
+
+    Returns (a Checkpoint whose tensors are those air.py would write, so rounded to the
+    checkpoint's dtype; the Losses of each layer, of methods that have L_act,infl).
+    Raises InputError for a rate that leaves a layer rank 0.
     """
-    small, ranks, losses, made = copy.copy(ckpt), {}, [], {}
+    ranks = pick_ranks(ckpt, range(ckpt.cfg.n_layers), rate)
+    losses = []
+    made = {}                                           # {name: tensor} of the factors
     for l, stats in sweep:
-        S = {reads: profile(stats[f"{reads}.gram"])[0] for reads in sorted(set(READS.values())) if f"{reads}.gram" in stats}
-        for name in LAYERS:
-            layer = f"model.layers.{l}.{name}"
-            W = ckpt.tensor(layer + ".weight", device, torch.float32)
-            k = ranks[layer] = rank_at(rate, *W.shape)
-            if k < 1:
-                raise InputError(f"rate {rate} leaves {layer} {tuple(W.shape)} rank 0; this experiment needs wider layers")
-            U, V, *rest = solve(W, stats, name, k, S.get(READS[name]))
-            losses += rest
-            made |= {layer + ".U.weight": U.to(ckpt.dtype).cpu(), layer + ".V.weight": V.to(ckpt.dtype).cpu()}
-            if layer + ".bias" in ckpt.tensors:
-                made[layer + ".U.bias"] = ckpt.tensor(layer + ".bias")
-    kept = {name: ckpt.tensors[name] for name in ckpt.names if name.rpartition(".")[0] not in ranks}
-    small.tensors = kept | {name: (tuple(w.shape), w.dtype, lambda w=w: w) for name, w in made.items()}
-    small.cfg, small.names = SimpleNamespace(**vars(ckpt.cfg) | {"ranks": ranks}), list(small.tensors)
+        for solved in compress_block(ckpt, l, stats, ranks, options, device):
+            made |= solved.tensors
+            if solved.losses.after is not None:
+                losses.append(solved.losses)
+    kept = [name for name in ckpt.names if name.rpartition(".")[0] not in ranks]
+    small = copy.copy(ckpt)
+    small.tensors = {name: ckpt.tensors[name] for name in kept} | in_memory(made)
+    small.names = list(small.tensors)
+    small.cfg = replace(ckpt.cfg, ranks=ranks)
     return small, losses
 
 
-@torch.no_grad()
-def hidden(ckpt, windows, device, dtype):
-    """The last block's output (N, T, dim), in host memory."""
-    h = embed(ckpt, windows, dtype)
-    for _ in forward_sweep(ckpt, h, device):
-        pass
-    return h
+# ------------------------------------------------------------ the laboratory
+class Job(NamedTuple):
+    """A cell to measure: a setting at one seed."""
 
-
-@torch.no_grad()
-def score(ckpt, windows, device, dtype, dense=None):
-    """{"ppl", "js"} of a checkpoint over windows (N, T), eval_ppl.evaluate's figures (NaN where its are).
-
-    `dense` = (hidden states, checkpoint): for js, bits a token, the dense model's states are read, not computed for every method.
-    """
-    runs = [(hidden(ckpt, windows, device, dtype), (*ckpt.head(device, dtype), ckpt.cfg))]
-    if dense:
-        runs.append((dense[0], (*dense[1].head(device, dtype), dense[1].cfg)))
-    nll = js = torch.zeros((), dtype=torch.float64, device=device)
-    batch = max(1, 2**22 // (windows.shape[1] * ckpt.cfg.vocab))
-    for i in range(0, len(windows), batch):
-        logits = [to_logits(h[i:i + batch, :-1].to(device), *head) for h, head in runs]
-        targets = windows[i:i + batch, 1:].to(device)
-        nll = nll + F.cross_entropy(logits[0].flatten(0, 1).float(), targets.flatten(), reduction="sum")
-        js = js + js_divergence(*logits).sum() if dense else js
-    nll, js = (each.item() / windows[:, 1:].numel() for each in (nll, js))
-    return {"ppl": math.exp(min(nll, 700)) if math.isfinite(nll) else math.nan, "js": js if dense else None}
-
-
-# ---------------------------------------------------------------------------------------------- the laboratory
-def arguments(doc):
-    p = parser(doc)
-    p.add_argument("--text", help="evaluation text (default: the calibration text's held-out part)")
-    p.add_argument("--text2", help="a second text, where the paper has C4 (default: torch.nn for stdlib, c4 for wikitext2)")
-    p.add_argument("--calib", help="calibration text (default: the checkpoint's: stdlib for the demo, wikitext2 for others)")
-    p.add_argument("--samples", type=int, help="calibration windows (default: the checkpoint's)")
-    p.add_argument("--seqlen", type=int, help="tokens a window (default: the checkpoint's)")
-    p.add_argument("--seeds", default="3,4,5", help="calibration seeds (default 3,4,5)")
-    p.add_argument("--windows", type=int, default=120, help="evaluate on this many evenly spaced windows; 0: all (default 120)")
-    p.add_argument("--work", default=str(ROOT / "out" / "experiments"), help="statistics and cells (default out/experiments)")
-    p.add_argument("--results", default=str(ROOT / "experiments" / "results"), help="folder of the JSON and the picture")
-    return p
+    setting: dict
+    seed: int | None                    # None where the method reads no windows
+    windows: torch.Tensor | None        # (samples, T) token ids to calibrate on
+    key: str                            # of the cell
 
 
 class Lab:
-    """A checkpoint with its texts, its statistics for every calibration seed, and every cell measured on it so far.
+    """A checkpoint, its texts, every seed's statistics and every cell measured so far.
 
-    Arguments as `arguments` has them. Raises InputError for a compressed checkpoint or arguments that make no sense.
+    Raises InputError for a compressed checkpoint or arguments that make no sense.
     """
 
-    def __init__(self, script, ckpt, text=None, text2=None, calib=None, samples=None, seqlen=None, seeds="3,4,5", windows=120,
-                 work=ROOT / "out" / "experiments", results=ROOT / "experiments" / "results", device=None, dtype=None):
-        self.script, self.ckpt, self.want = script, Checkpoint(ckpt), windows
-        if self.ckpt.cfg.ranks:
-            raise InputError(f"{ckpt} is already compressed; point --ckpt at the dense checkpoint")
-        if not re.fullmatch(r"\d+(,\d+)*", seeds) or windows < 0:
-            raise InputError(f"--seeds is {seeds} and --windows {windows}; expected numbers such as 3,4,5, and 0 or more")
-        self.seeds = [int(seed) for seed in seeds.split(",")]
-        self.device, self.dtype, _ = pick_device(device, dtype)
+    def __init__(self, script, setup):
+        self.script = script
+        self.setup = setup
+        self.progress = Progress()
+        self.ckpt = Checkpoint(setup.ckpt)
+        self.check()
+        self.seeds = [int(seed) for seed in setup.seeds.split(",")]
+        self.device, self.dtype, _ = pick_device(setup.device, setup.dtype)
         check_signal("lrp", self.dtype)
         fingerprint = self.ckpt.fingerprint()
-        self.work, self.results = Path(work) / f"{self.ckpt.name}-{fingerprint[:12]}", Path(results)
+        self.work = Path(setup.work) / f"{self.ckpt.name}-{fingerprint[:12]}"
+        self.results = Path(setup.results)
         for folder in (self.work, self.results):
             folder.mkdir(parents=True, exist_ok=True)
-        self.calib = calib or (self.ckpt.raw.get("defaults") or {}).get("text", "wikitext2")
-        _, self.samples, self.seqlen = choose(self.ckpt, self.resolve(self.calib, "train"), samples, seqlen)
-        other = text2 or {"stdlib": "torch.nn", "wikitext2": "c4"}.get(self.calib)
-        self.texts = {"text": text or self.calib} | ({"text2": other} if other else {})
-        self.memo, self.cells, self.path = {}, {}, self.work / "cells.jsonl"
-        for line in self.path.read_text("utf-8").split("\n") if self.path.exists() else ():
-            try:
-                key, value = json.loads(line)
-                self.cells[key] = value
-            except ValueError:                      # the line a killed run was writing
-                pass
+        defaults = self.ckpt.raw.get("defaults") or {}
+        self.calib = setup.calib or defaults.get("text", "wikitext2")
+        resolved = self.resolve(self.calib, "train")
+        _, self.samples, self.seqlen = with_defaults(
+            self.ckpt, resolved, setup.samples, setup.seqlen)
+        self.texts = {"text": setup.text or self.calib}
+        other = setup.text2 or OTHER.get(self.calib)
+        if other:
+            self.texts["text2"] = other
+        self.memo = {}                                  # what `once` has computed
+        self.path = self.work / "cells.jsonl"
+        self.cells = self.read()                        # {key: value}
         self.facts = {
-            "script": script, "checkpoint": self.ckpt.name, "fingerprint": fingerprint, "texts": {},
-            "calibration": {"text": Path(self.calib).name, "samples": self.samples, "seqlen": self.seqlen, "seeds": self.seeds},
-            "machine": {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "torch": torch.__version__,
-                        "device": str(self.device), "dtype": str(self.dtype)[6:], "threads": torch.get_num_threads()}}
+            "script": script, "checkpoint": self.ckpt.name, "fingerprint": fingerprint,
+            "texts": {}, "calibration": self.calibrated(), "machine": self.machine()}
 
+    def check(self):
+        if self.ckpt.cfg.ranks:
+            raise InputError(f"{self.setup.ckpt} is already compressed; "
+                             "point --ckpt at the dense checkpoint")
+        numbers = re.fullmatch(r"\d+(,\d+)*", self.setup.seeds)
+        if not numbers or self.setup.windows < 0:
+            raise InputError(f"--seeds is {self.setup.seeds} and --windows "
+                             f"{self.setup.windows}; expected numbers such as 3,4,5, and "
+                             "0 or more")
+
+    def calibrated(self):
+        """How the lab calibrates, as results say it."""
+        return {"text": Path(self.calib).name, "samples": self.samples,
+                "seqlen": self.seqlen, "seeds": self.seeds}
+
+    def machine(self):
+        """What the results were computed on and when."""
+        return {
+            "date": time.strftime("%Y-%m-%d"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "device": str(self.device),
+            "dtype": str(self.dtype)[6:],
+            "threads": torch.get_num_threads(),
+        }
+
+    # -------------------------------------------------------- texts
     def resolve(self, text, split):
+        """A text as calibrate.py and eval_ppl.py take it."""
         return torch_nn(split, self.work) if text == "torch.nn" else text
 
     def once(self, key, compute):
@@ -335,128 +235,218 @@ class Lab:
         return self.memo[key]
 
     def evaluation(self, which):
-        """Evaluation windows of "text" or "text2": `--windows` of them, evenly spaced, the same for every method and seed."""
-        def compute():
-            every, _, _ = evaluation_windows(self.resolve(self.texts[which], "test"), self.ckpt, self.seqlen)
-            n = min(self.want or len(every), len(every))
-            picked = every[torch.linspace(0, len(every) - 1, n, dtype=torch.float64).round().long()]
-            self.facts["texts"][which] = {"name": Path(self.texts[which]).name, "windows": n, "of": len(every),
-                                          "seqlen": picked.shape[1], "sha256": digest(picked)}
-            return picked
+        """Evaluation windows of "text" or "text2", the same for every method and seed."""
         if which not in self.texts:
-            raise InputError(f"{self.script} evaluates on two texts; name the second with --text2")
-        return self.once(("evaluation", which), compute)
+            raise InputError(f"{self.script} evaluates on two texts; "
+                             "name the second with --text2")
+        return self.once(("evaluation", which), lambda: self.pick(which))
+
+    def pick(self, which):
+        """`--windows` windows of a text, evenly spaced; the results say which."""
+        text = self.resolve(self.texts[which], "test")
+        windows, _, _ = evaluation_windows(text, self.ckpt, self.seqlen)
+        n = min(self.setup.windows or len(windows), len(windows))
+        places = torch.linspace(0, len(windows) - 1, n, dtype=torch.float64)
+        picked = windows[places.round().long()]
+        self.facts["texts"][which] = {
+            "name": Path(self.texts[which]).name, "windows": n, "of": len(windows),
+            "seqlen": picked.shape[1], "sha256": digest(picked)}
+        return picked
 
     def calibration(self, seed, text=None, samples=None):
-        """Calibration windows (samples, T) of a seed; of another text or number where named."""
-        def compute():
-            windows = calibration_windows(self.resolve(text, "train"), self.ckpt, samples, self.seqlen, seed)
-            if len(windows) < samples:
-                raise InputError(f"{text} holds {len(windows)} windows, {samples} are needed; give a text or 1-D tokens")
-            return windows[:samples]
-        text, samples = text or self.calib, samples or self.samples
-        return self.once((seed, text, samples), compute)
+        """Calibration windows (samples, T) of a seed; other text and number where
+        named.
+        """
+        text = text or self.calib
+        samples = samples or self.samples
+        return self.once((seed, text, samples), lambda: self.draw(seed, text, samples))
 
+    def draw(self, seed, text, samples):
+        resolved = self.resolve(text, "train")
+        windows = calibration_windows(resolved, self.ckpt, samples, self.seqlen, seed)
+        if len(windows) < samples:
+            raise InputError(f"{text} holds {len(windows)} windows, {samples} are "
+                             "needed; give a text or 1-D tokens")
+        return windows[:samples]
+
+    # -------------------------------------------------------- statistics
     def statistics(self, windows, signal="lrp"):
-        """air.statistics of every block, kept in a folder: yields (block, {ΣXXᵀ, mean |x|, the signal's influence}).
+        """air.statistics of every block, kept in a folder: yields (block, statistics).
 
         One folder a signal, so that no Gram matrix depends on which script ran first.
         """
-        blocks = range(self.ckpt.cfg.n_layers)
-        if signal is None:
-            return ((l, {}) for l in blocks)
-        folder = self.work / f"stats-{digest(windows)[:16]}-{signal}"
-        return statistics(self.ckpt, windows, self.device, self.dtype, blocks, signal, folder)
+        made = f"{digest(windows)[:16]}-{str(self.dtype)[6:]}-{code_digest(*SWEEPS)[:8]}"
+        kept = Kept(self.work / f"stats-{made}-{signal}")
+        every = range(self.ckpt.cfg.n_layers)
+        return kept.statistics(self.ckpt, windows, self.device, self.dtype, every, signal)
+
+    def sweep(self, options, windows):
+        """What a method reads; one without a backward signal shares lrp's statistics."""
+        if reads_nothing(options):
+            return ((l, {}) for l in range(self.ckpt.cfg.n_layers))
+        return self.statistics(windows, options.backward or "lrp")
 
     def forget(self, windows):
         """Delete the statistics of windows that no other script reads."""
         for folder in self.work.glob(f"stats-{digest(windows)[:16]}-*"):
             shutil.rmtree(folder)
 
+    # -------------------------------------------------------- cells
+    def read(self):
+        """The cells that earlier runs on this checkpoint kept."""
+        lines = self.path.read_text("utf-8").split("\n") if self.path.exists() else []
+        cells = {}
+        for line in lines:
+            try:
+                key, value = json.loads(line)
+            except ValueError:                      # the line a killed run was writing
+                continue
+            cells[key] = value
+        return cells
+
     def keep(self, key, value):
-        """Append one finished cell to cells.jsonl, on a line of its own even after a torn one."""
+        """Append a finished cell to cells.jsonl, on its own line even after a torn one."""
         torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-        self.cells[key] = json.loads(json.dumps(clean(value)))
+        self.cells[key] = json.loads(json.dumps(finite(value)))
         with open(self.path, "a", encoding="utf-8") as f:
             f.write("\n" * torn + json.dumps([key, self.cells[key]]) + "\n")
 
-    def cell(self, key, compute):
-        """compute() -> a JSON value, or what an earlier run on this checkpoint kept under the same key."""
-        key, start = json.dumps(key | {"dtype": str(self.dtype)}, sort_keys=True), time.time()
+    def key(self, facts, *files):
+        """The key of a cell: its facts and its code, with `files` that are its own.
+
+        An edited rule gives another key, so that no cell of the old one is read.
+        """
+        files = tuple(dict.fromkeys((*CODE, *files)))
+        code = self.once(files, lambda: code_digest(*files))
+        facts = facts | {"dtype": str(self.dtype), "code": code}
+        return json.dumps(facts, sort_keys=True)
+
+    def cell(self, facts, compute, *files):
+        """compute() -> a JSON value, or what an earlier run kept under the same key."""
+        key = self.key(facts, *files)
         if key not in self.cells:
+            start = time.time()
             self.keep(key, compute())
-            print(f"{self.script}  {key[:80]} …   {time.time() - start:.1f} s", file=sys.stderr, flush=True)
+            took = time.time() - start
+            self.progress.say(f"{self.script}  {json.dumps(facts)[:80]} …   {took:.1f} s")
         return self.cells[key]
 
+    # -------------------------------------------------------- measurements
     def dense(self, which):
         """Perplexity of the dense checkpoint on a text."""
         windows = self.evaluation(which)
-        return self.cell({"dense": digest(windows)}, lambda: score(self.ckpt, windows, self.device, self.dtype))["ppl"]
+
+        def compute():
+            return evaluate(self.ckpt, windows, self.device, self.dtype)
+        return self.cell({"dense": digest(windows)}, compute)["ppl"]
 
     def dense_states(self, which):
-        """(Last hidden states of the dense checkpoint on a text, the checkpoint): what `score` takes as `dense`."""
+        """The dense checkpoint's last states on a text, computed once for all methods."""
         windows = self.evaluation(which)
-        return self.once(("dense", which), lambda: (hidden(self.ckpt, windows, self.device, self.dtype), self.ckpt))
+        return self.once(("dense", which),
+                         lambda: last_states(self.ckpt, windows, self.device, self.dtype))
 
-    def measure(self, settings, texts=("text",), js=False, solve=solver, sweep=None):
-        """Settings {"method", "rate", AIR's options; "calib", "samples"}, each at every seed -> rows: the setting with "ppl"
-        and "js" {text: [one a seed]} and "descent" [L_act,infl after over before the sweeps, mean of layers; one a seed].
+    def job(self, setting, seed):
+        options = options_of(setting)
+        windows = None
+        if seed is not None:
+            windows = self.calibration(seed, setting.get("calib"), setting.get("samples"))
+        # "variant" tells rows apart, not what is computed.
+        facts = {"how": asdict(options) | {"rate": setting["rate"]},
+                 "calibration": None if seed is None else digest(windows)}
+        return Job(setting, seed, windows, self.key(facts, source_of(options)))
 
-        `solve(setting)` gives the solver of one weight; `sweep(setting, windows)` statistics other than the method's own.
-        """
-        jobs, began, done = {}, time.time(), 0
+    def jobs(self, settings):
+        """Every setting at every seed, or at None where the method sees no text."""
+        jobs = []
         for seed in (None, *self.seeds):
-            for i, setting in enumerate(settings):
-                if (seed is None) == (setting["method"] == "svd"):              # plain SVD sees no calibration text
-                    windows = None if seed is None else self.calibration(seed, setting.get("calib"), setting.get("samples"))
-                    how = {key: value for key, value in setting.items() if key not in ("calib", "samples")}
-                    jobs[i, seed] = windows, json.dumps({
-                        "how": (AIR if how["method"] == "air" else {}) | how, "dtype": str(self.dtype),
-                        "calibration": None if seed is None else digest(windows)}, sort_keys=True)
-        where, what = {which: digest(self.evaluation(which)) for which in texts}, "js" if js else "ppl"
+            for setting in settings:
+                if reads_nothing(options_of(setting)) == (seed is None):
+                    jobs.append(self.job(setting, seed))
+        return jobs
 
-        def lacking(key):
-            return [which for which, windows in where.items() if windows not in self.cells.get(key, {}).get(what, {})]
-        todo = sum(bool(lacking(key)) for _, key in jobs.values())
-        for (i, seed), (windows, key) in jobs.items():
-            if missing := lacking(key):
-                setting, start = settings[i], time.time()
-                stats = sweep(setting, windows) if sweep else self.statistics(windows, signal_of(setting))
-                small, losses = compress(self.ckpt, stats, setting["rate"], solve(setting), self.device)
-                descent = mean_spread([loss[2] / loss[1] for loss in losses])[0] if losses else None
-                cell = self.cells.get(key) or {"ppl": {}, "js": {}, "descent": descent}
-                for which in missing:
-                    dense = self.dense_states(which) if js else None
-                    scores = score(small, self.evaluation(which), self.device, self.dtype, dense)
-                    cell["ppl"][where[which]] = scores["ppl"]
-                    cell["js"] |= {where[which]: scores["js"]} if js else {}
-                self.keep(key, cell)
-                done += 1
-                left = (time.time() - began) / done * (todo - done)
-                named = " ".join(map(str, setting.values())) + (f", seed {seed}" if seed is not None else "")
-                print(f"{self.script} {done}/{todo}  {named}: {number(cell['ppl'][where[texts[0]]])}   "
-                      f"{time.time() - start:.1f} s, {left:.0f} s left", file=sys.stderr, flush=True)
-        rows = []
-        for i, setting in enumerate(settings):
-            cells = [self.cells[key] for (j, _), (_, key) in jobs.items() if i == j]
-            rows.append(setting | {each: {which: [cell[each].get(windows) for cell in cells] for which, windows in where.items()}
-                                   for each in ("ppl", "js")} | {"descent": [cell["descent"] for cell in cells]})
-        return rows
+    def lacking(self, key, texts, what):
+        """Those of `texts` on which a cell has no figure yet."""
+        found = self.cells.get(key, {}).get(what, {})
+        return [which for which in texts if digest(self.evaluation(which)) not in found]
 
+    def compute(self, job, texts, js, sweep):
+        """A job's cell, with figures of `texts` added to those it had."""
+        options = options_of(job.setting)
+        stats = sweep(options, job.windows)
+        rate = job.setting["rate"]
+        small, losses = compress(self.ckpt, stats, rate, options, self.device)
+        falls = [each.after / each.before for each in losses]
+        descent = mean_spread(falls)[0] if falls else None
+        cell = self.cells.get(job.key) or {"ppl": {}, "js": {}, "descent": descent}
+        for which in texts:
+            windows = self.evaluation(which)
+            # The dense model's states serve every method; without them no divergence.
+            dense = self.dense_states(which) if js else None
+            score = evaluate(small, windows, self.device, self.dtype, dense)
+            # A text is known by its windows, so that another --windows is another figure.
+            cell["ppl"][digest(windows)] = score["ppl"]
+            if js:
+                cell["js"][digest(windows)] = score["js"]
+        return cell
+
+    def measure(self, settings, texts=("text",), js=False, sweep=None):
+        """Settings, each at every seed -> rows.
+
+        A row is the setting with "ppl" and "js" {text: [one a seed]} and "descent"
+        [L_act,infl after over before the sweeps, mean of layers; one a seed].
+        `sweep(options, windows)`: statistics other than the method's own.
+        """
+        what = "js" if js else "ppl"
+        jobs = self.jobs(settings)
+        todo = {job.key: job for job in jobs if self.lacking(job.key, texts, what)}
+        self.progress.begin(len(todo))
+        for i, (key, job) in enumerate(todo.items(), 1):
+            # Compute what the cell lacks; kept at once, a killed run has it.
+            start = time.time()
+            missing = self.lacking(key, texts, what)
+            self.keep(key, self.compute(job, missing, js, sweep or self.sweep))
+            # Say what it was, its perplexity on the first text, the time it took.
+            named = " ".join(map(str, job.setting.values()))
+            if job.seed is not None:
+                named += f", seed {job.seed}"
+            ppl = self.cells[key]["ppl"][digest(self.evaluation(texts[0]))]
+            self.progress.step(f"{self.script} {i}/{len(todo)}  {named}: {number(ppl)}   "
+                               f"{time.time() - start:.1f} s,")
+        return [self.row(setting, jobs, texts) for setting in settings]
+
+    def row(self, setting, jobs, texts):
+        """A setting with what was measured of it, one figure a seed."""
+        cells = [self.cells[job.key] for job in jobs if job.setting is setting]
+        row = dict(setting)
+        for what in ("ppl", "js"):
+            row[what] = {}
+            for which in texts:
+                windows = digest(self.evaluation(which))
+                row[what][which] = [cell[what].get(windows) for cell in cells]
+        return row | {"descent": [cell["descent"] for cell in cells]}
+
+    # -------------------------------------------------------- the end
     def finish(self, module, result, picture=None):
-        """Verdicts, JSON, picture, what is printed, and for the bundled demo the README's block."""
-        result = json.loads(json.dumps(clean(self.facts | result)))
+        """Verdicts, JSON, picture, what is printed; for the bundled demo the READMEs.
+
+        module: the script's, with markdown, verdicts and, where there is one, short.
+        """
+        result = json.loads(json.dumps(finite(self.facts | result)))
         result["verdicts"] = module.verdicts(result)
         stem = str(self.results / f"{self.script}-{self.ckpt.name}")
-        write_whole(Path(stem + ".json"), json.dumps(result, indent=1) + "\n")
-        if picture and (plt := pyplot()):
+        write_json(stem + ".json", result)
+        plt = pyplot() if picture else None
+        if plt:
             figure = picture(plt, result)
             figure.savefig(stem + ".partial", format="png")
             os.replace(stem + ".partial", stem + ".png")
             plt.close(figure)
-        print(block(module, result).replace("**", ""), flush=True)
-        if self.ckpt.folder.resolve() == ROOT / "demo" and self.results.resolve() == ROOT / "experiments" / "results":
-            refresh(self.script, block(module, result))
+        text = block(module, result)
+        print(text.replace("**", ""), flush=True)
+        bundled = self.ckpt.folder.resolve() == ROOT / "demo"
+        if bundled and self.results.resolve() == RESULTS:
+            refresh(self.script, text)
             refresh("claims", claims(self.results))
             if hasattr(module, "short"):
                 refresh(f"{self.script}-short", module.short(result))

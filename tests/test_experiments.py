@@ -3,6 +3,7 @@ import importlib
 import json
 import math
 import re
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -13,38 +14,42 @@ import torch
 from conftest import ROOT, distance, script, write_checkpoint
 
 import air
-from air import als_sweep, normalise, profile
-from support.texts import digest
-from eval_ppl import evaluate
-from experiments import common
-from experiments.common import Lab, compare, compress, find, mean_spread, refresh, score, show, solver
+from air import Options, als_sweep, normalise, profile
+from eval_ppl import evaluate, last_states
+from experiments import common, report
+from experiments.common import Lab, Setup, compress
+from experiments.report import compare, find, mean_spread, refresh, show
+from influence import attn_lrp
 from model import LAYERS
 from support.checkpoint import Checkpoint
+from support.texts import digest
 
 SCRIPTS = ("table2", "table7", "table8", "fig1", "fig2", "fig3", "fig5", "fig6", "a6", "open_questions")
 RESULTS = ROOT / "experiments" / "results"
 CPU, FP32 = torch.device("cpu"), torch.float32
 
 
-# ---------------------------------------------------------------------------------------------- means and words
+# -------------------------------------------------------------------------------- means and words
 def test_mean_and_spread_by_hand():
     assert mean_spread([2.0, 4.0, 9.0]) == (5.0, math.sqrt((9 + 1 + 16) / 2))
     assert mean_spread([2.0, 4.0, 9.0])[1] == pytest.approx(statistics.stdev([2.0, 4.0, 9.0]))
     assert mean_spread([7.0]) == (7.0, None)
-    assert show([22.0, 23.0, 24.0]) == "23.00 ± 1.00" and show([7.0]) == "7.00" and show([1500.0, 2500.0]) == "2,000 ± 707.1"
+    assert show([22.0, 23.0, 24.0]) == "23.00 ± 1.00" and show([7.0]) == "7.00"
+    assert show([1500.0, 2500.0]) == "2,000 ± 707.1"
 
 
 def test_no_difference_is_a_paired_mean_within_its_spread():
     # The levels of the seeds are far apart; paired, 1 % below at each of them is a difference.
-    assert compare([99.0, 198.0, 396.0], [100.0, 200.0, 400.0]) == (pytest.approx(-1), pytest.approx(0, abs=1e-9), "lower")
-    mean, spread, word = compare([102.0, 99.0, 101.0], [100.0, 100.0, 100.0])           # +2, -1, +1: mean 2/3, spread 1.53
+    lower = compare([99.0, 198.0, 396.0], [100.0, 200.0, 400.0])
+    assert lower == (pytest.approx(-1), pytest.approx(0, abs=1e-9), "lower")
+    mean, spread, word = compare([102.0, 99.0, 101.0], [100.0] * 3)         # +2, -1, +1: mean 2/3, spread 1.53
     assert (mean, spread, word) == (pytest.approx(2 / 3), pytest.approx(math.sqrt(7 / 3)), "no difference")
-    assert compare([103.0, 101.0, 102.0], [100.0])[2] == "higher"                       # one value stands for every seed
+    assert compare([103.0, 101.0, 102.0], [100.0])[2] == "higher"           # one value stands for every seed
     assert compare([5.0, 6.0], [5.0, 6.0])[2] == "no difference"
     assert compare([5.0], [4.0])[2] == "undecided" and compare([5.0, None], [4.0, 4.0])[2] == "undecided"
 
 
-# ---------------------------------------------------------------------------------------------- verdicts, told both ways
+# -------------------------------------------------------------------------------- verdicts, told both ways
 BASE = {"checkpoint": "made-up", "calibs": ["A", "B"], "dense": {"text": 5.0, "text2": 7.0},
         "texts": {t: {"name": t.upper(), "windows": 1, "of": 1, "seqlen": 8} for t in ("text", "text2")},
         "calibration": {"text": "A", "samples": 64, "seqlen": 8, "seeds": [3, 4, 5]}}
@@ -56,7 +61,8 @@ def rows(settings, level):
     for setting in settings:
         values = [level(setting) * seed for seed in (0.9, 1.0, 1.1)]
         js = [value / 1e4 for value in values]
-        made.append(setting | {"ppl": {"text": values, "text2": values}, "js": {"text": js, "text2": js}, "descent": [0.8] * 3})
+        measured = {"ppl": {"text": values, "text2": values}, "js": {"text": js, "text2": js}, "descent": [0.8] * 3}
+        made.append(setting | measured)
     return BASE | {"rows": made}
 
 
@@ -79,7 +85,8 @@ def cases():
     setting = grid(rate=(0.6, 0.4), signal=signals, scale=("mean", "max100"))
     yield "table7", rows(setting, lambda s: 120 if s["signal"] in ("ones", "magnitude") else 100), \
         rows(setting, lambda s: {"ones": 90, "magnitude": 80, "fisher": 130, "lrp-all": 70}.get(s["signal"], 100))
-    ways = [{"order": order, "sweeps": n} for order, n in (("backward", 1), ("forward", 1), ("backward", 2), ("backward", 10))]
+    ways = [{"order": order, "sweeps": n}
+            for order, n in (("backward", 1), ("forward", 1), ("backward", 2), ("backward", 10))]
     setting = [{"rate": rate} | way for rate in (0.6, 0.4) for way in ways]
 
     def sweeps(good):
@@ -95,9 +102,10 @@ def cases():
         rows(setting, lambda s: (100 if s["method"] == "svdllm" else 120) + 100 / s["samples"])
     setting = grid(method=("svdllm", "air"), calib=("A", "B"))
     yield "a6", rows(setting, lambda s: 80 if s["method"] == "air" else 100), rows(setting, lambda s: 100)
-    setting = grid(variant=("default", "reversed", "random", "energy", "symmetric", "wxg", "profiled", "max100"), rate=(0.6, 0.4))
+    variants = ("default", "reversed", "random", "energy", "symmetric", "wxg", "profiled", "max100")
+    setting = grid(variant=variants, rate=(0.6, 0.4))
     yield "open_questions", rows(setting, lambda s: {"symmetric": 90, "profiled": 90}.get(s["variant"], 100)), \
-        rows(setting, lambda s: {"reversed": 110, "symmetric": 110, "profiled": 110, "max100": 90}.get(s["variant"], 100))
+        rows(setting, lambda s: dict(reversed=110, symmetric=110, profiled=110, max100=90).get(s["variant"], 100))
     def curve(infl, act, rise):
         return {name: {"rank": 2, "updates": [0, 1, 2], "infl": infl, "act": act, "rise": rise} for name in LAYERS}
     more = {"block": 1, "layer": LAYERS[0]}
@@ -109,8 +117,9 @@ def cases():
 
     def maps(influence, mlp, rho):
         kinds = {"weight": 0.1, "weight influence": influence, "activation": 0.1, "activation influence": 1.0}
-        spread = {row: {name: value * (mlp if row == "weight influence" and name.startswith("mlp") else 1) for name in LAYERS}
-                  for row, value in kinds.items()}
+        spread = {row: dict.fromkeys(LAYERS, value) for row, value in kinds.items()}
+        for name in LAYERS:
+            spread["weight influence"][name] *= mlp if name.startswith("mlp") else 1
         return BASE | {"block": 2, "cell": 8, "variation": spread,
                        "spearman": {row: dict.fromkeys(LAYERS, rho) for row in ("weight", "activation")}}
     yield "fig6", maps(0.3, 2.0, 0.2), maps(0.09, 0.5, 0.9)
@@ -122,7 +131,7 @@ def test_verdicts_tell_true_from_false(name, true, false):
     assert [v["claim"] for v in module.verdicts(true) if v["holds"] is not True] == []
     assert [v["claim"] for v in module.verdicts(false) if v["holds"] is not False] == []
     for result in (true, false):                                            # and the block says so in words
-        text = common.block(module, result)
+        text = report.block(module, result)
         assert ("does not hold" in text) == (result is false) and "| " in text
 
 
@@ -143,14 +152,37 @@ def test_the_crossing_is_interpolated_in_the_logarithm():
     assert crossing(rows(setting, lambda s: 100 - s["samples"] + 80 * (s["method"] == "air"))) is None
 
 
-# ---------------------------------------------------------------------------------------------- in memory, and again
+def test_a_further_method_is_a_further_line_of_table2(monkeypatch):
+    """One line of ROWS brings a method that the paper does not have into every part of the report."""
+    module = importlib.import_module("experiments.table2")
+    paper = dict(module.ROWS)
+    monkeypatch.setitem(module.ROWS, "mine", module.Row("Mine", "green", "P", None))
+    setting = grid(method=tuple(module.ROWS), rate=module.RATES)
+    result = rows(setting, lambda s: 100 + 10 * list(module.ROWS).index(s["method"]) / s["rate"])
+    for text in (module.markdown(result), module.short(result)):
+        assert all(f"| {row.name} |" in text for row in module.ROWS.values())
+    mine = [line for line in module.markdown(result).splitlines() if "| Mine |" in line]
+    assert len(mine) == len(module.RATES) and all(line.endswith("| – | – | – | – |") for line in mine)
+    assert [v["claim"] for v in module.verdicts(result)] and "Mine" in report.block(module, result)
+    # The table of a result that was measured before the method was added stays what it was.
+    before = result | {"rows": [row for row in result["rows"] if row["method"] != "mine"]}
+    assert "Mine" not in module.markdown(before) + module.short(before)
+    pytest.importorskip("matplotlib")
+    figure = module.picture(report.pyplot(), result)
+    ours, theirs = ([curve.get_label() for curve in ax.containers] for ax in figure.axes)
+    assert ours == [row.name for row in module.ROWS.values()] and theirs == [row.name for row in paper.values()]
+    colours = {curve.lines[0].get_color() for curve in figure.axes[0].containers}
+    assert len(colours) == len(module.ROWS)
+
+
+# -------------------------------------------------------------------------------- in memory, and again
 @pytest.fixture
 def lab(tmp_path):
     write_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16)
     np.save(tmp_path / "ids.npy", np.random.RandomState(0).randint(0, 64, size=2000))
-    usual = {"ckpt": str(tmp_path / "tiny"), "calib": str(tmp_path / "ids.npy"), "samples": 6, "seqlen": 16, "windows": 5,
-             "seeds": "3,4", "work": tmp_path / "work", "results": tmp_path}
-    return lambda **more: Lab("test", **usual | more)
+    usual = {"ckpt": str(tmp_path / "tiny"), "calib": str(tmp_path / "ids.npy"), "samples": 6, "seqlen": 16,
+             "windows": 5, "seeds": "3,4", "work": tmp_path / "work", "results": tmp_path}
+    return lambda **more: Lab("test", Setup(**usual | more))
 
 
 @pytest.mark.parametrize("method", ("air", "svdllm", "fwsvd", "asvd", "svd"))
@@ -164,18 +196,20 @@ def test_in_memory_equals_what_air_writes(lab, tmp_path, method, monkeypatch):
         "--ckpt", tmp_path / "tiny", "--calib", tmp_path / "ids.npy", "--samples", 6, "--seqlen", 16, "--rate", 0.5,
         "--method", method, "--text", "none", "--out", tmp_path / "out", "--quiet", "--device", "cpu", *stats))])
     air.main()
-    there = evaluate(Checkpoint(tmp_path / "out"), here.evaluation("text"), CPU, FP32, against=here.ckpt)
+    windows = here.evaluation("text")
+    dense = last_states(here.ckpt, windows, CPU, FP32)
+    there = evaluate(Checkpoint(tmp_path / "out"), windows, CPU, FP32, dense)
     assert row["ppl"]["text"][0] == pytest.approx(there["ppl"], rel=1e-6)
     assert row["js"]["text"][0] == pytest.approx(there["js"], rel=1e-4)
-    assert here.dense("text") == pytest.approx(evaluate(here.ckpt, here.evaluation("text"), CPU, FP32)["ppl"], rel=1e-6)
+    assert here.dense("text") == pytest.approx(evaluate(here.ckpt, windows, CPU, FP32)["ppl"], rel=1e-6)
 
 
 def test_biases_and_tied_embeddings_survive_in_memory(tmp_path, windows):
     ckpt = Checkpoint(write_checkpoint(tmp_path / "q", architectures=["Qwen2ForCausalLM"], tie_word_embeddings=True))
-    small, _ = compress(ckpt, ((l, {}) for l in range(ckpt.cfg.n_layers)), 0.5, solver({"method": "svd"}), CPU)
+    small, _ = compress(ckpt, ((l, {}) for l in range(ckpt.cfg.n_layers)), 0.5, Options(method="svd"), CPU)
     logits = small.model(CPU, FP32)(windows)[:, :-1]
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-    assert score(small, windows, CPU, FP32)["ppl"] == pytest.approx(nll.exp().item(), rel=1e-5)
+    assert evaluate(small, windows, CPU, FP32)["ppl"] == pytest.approx(nll.exp().item(), rel=1e-5)
     bias = "model.layers.0.self_attn.q_proj.U.bias"
     assert torch.equal(small.tensor(bias), ckpt.tensor(bias.replace(".U", "")))
 
@@ -189,12 +223,76 @@ def test_a_finished_cell_is_not_computed_again_but_a_changed_checkpoint_is(lab, 
         f.write('["half a li')                                              # killed while it wrote
     assert len(first[0]["ppl"]["text"]) == 2 and len(first[1]["ppl"]["text"]) == 1
     assert find(lab().measure([*settings, {"method": "air", "rate": 0.6}]), rate=0.6) and calls == [0.6, 0.6]
-    again = lab().measure([*settings, {"method": "air", "rate": 0.6}], js=True)     # the divergence was not measured yet
+    # The divergence was not measured yet.
+    again = lab().measure([*settings, {"method": "air", "rate": 0.6}], js=True)
     assert len(calls) == 2 + 5 and [row["ppl"] for row in again[:2]] == [row["ppl"] for row in first]
     calls.clear()
     write_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16, seed=1)
     changed = lab().measure(settings)
     assert len(calls) == 3 and changed[0]["ppl"] != first[0]["ppl"]
+
+
+def test_a_cell_of_an_edited_rule_is_computed_again_one_of_an_edited_comment_is_not(lab, tmp_path, monkeypatch):
+    """Rules in a copy of the repository: a cell is known by the code that computes it."""
+    copied, calls = tmp_path / "copy", []
+    for name in (*common.CODE, "experiments/open_questions.py"):
+        (copied / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copied / name)
+    monkeypatch.setattr("support.script.ROOT", copied)
+    monkeypatch.setattr(common, "compress", lambda *args: calls.append(args[3].method) or compress(*args))
+    importlib.import_module("experiments.open_questions")                   # "reversed" is one of its methods
+    settings = [{"method": method, "rate": 0.5} for method in ("air", "reversed")]
+
+    def measured_after(name=None, old=None, new=None):
+        """The methods that are computed once `old` in a file has become `new`."""
+        if name:
+            text = (copied / name).read_text("utf-8")
+            assert old in text
+            (copied / name).write_text(text.replace(old, new, 1), "utf-8")
+        calls.clear()
+        here = lab(seeds="3")
+        dense = here.cell({"some": "cell"}, lambda: len(calls)), here.measure(settings)
+        return calls.copy(), len(here.cells), dense
+
+    assert measured_after()[:2] == (["air", "reversed"], 3)
+    assert measured_after()[:2] == ([], 3)
+    # What is said in comments and docstrings, or below "the command", computes nothing.
+    assert measured_after("air.py", '"""Eq. 1: S =', '"""S =')[0] == []
+    assert measured_after("influence.py", "# ----", "# another comment\n# ----")[0] == []
+    assert measured_after("air.py", "def main(", "def run_it(")[0] == []
+    # A rule of the sweep that every cell has, of the solve, of the evaluation; then one variant's own.
+    assert measured_after("influence.py", "uniform(product):", "halved(product):")[:2] == (["air", "reversed"], 6)
+    assert measured_after("air.py", "P = 1 + delta * I", "P = 2 + delta * I")[:2] == (["air", "reversed"], 9)
+    assert measured_after("eval_ppl.py", "- math.log(2)", "- math.log(3)")[:2] == (["air", "reversed"], 12)
+    assert measured_after("experiments/open_questions.py", "len(S) - 1, -1, -1", "len(S) - 1, -1, -2")[:2] == (
+        ["reversed"], 13)
+
+
+@pytest.mark.parametrize("name", ("fig1", "fig2", "open_questions"))
+def test_what_a_script_computes_stands_above_its_marker(name, tmp_path, monkeypatch):
+    """The digest of fig1, fig2 and the variants covers their computing functions, not their tables."""
+    from support.script import COMMAND, code_digest
+    source = (ROOT / "experiments" / f"{name}.py").read_text("utf-8")
+    above, marker, below = source.partition(COMMAND)
+    computing = {"fig1": ("curves", "measure"), "fig2": ("activations", "sample", "spearman", "measure"),
+                 "open_questions": ("reordered", "symmetric", "profiled")}[name]
+    assert marker and all(f"def {function}(" in above for function in computing)
+    assert all(f"def {function}(" in below for function in ("markdown", "verdicts", "main"))
+    (tmp_path / "experiments").mkdir()
+    monkeypatch.setattr("support.script.ROOT", tmp_path)
+
+    def digest_of(text):
+        (tmp_path / "experiments" / f"{name}.py").write_text(text, "utf-8")
+        return code_digest(f"experiments/{name}.py")
+    was = digest_of(source)
+    assert digest_of(source.replace("def markdown(", "def table_of(")) == was
+    assert digest_of(source.replace(f"def {computing[0]}(", "def renamed(")) != was
+
+
+def test_the_cells_of_fig1_know_its_own_code(tmp_path, lab):
+    here = lab(seeds="3")
+    here.cell({"fig1": 0}, lambda: 1)
+    assert here.cell({"fig1": 0}, lambda: 2) == 1 and here.cell({"fig1": 0}, lambda: 2, "experiments/fig1.py") == 2
 
 
 def test_evaluation_windows_are_evenly_spaced_and_all_of_them_for_0(lab):
@@ -209,7 +307,7 @@ def test_the_second_text_is_held_out_by_file(tmp_path):
     assert all((text in train) != (text in test) for text in files) and 0.02 < len(test) / len(train) < 0.3
 
 
-# ---------------------------------------------------------------------------------------------- variants of the open questions
+# -------------------------------------------------------------------------------- variants of the open questions
 def test_reordered_inputs_change_nothing_without_influence():
     """With I = 1 any order of inputs, and a symmetric root, reach SVD-LLM(W)'s optimum."""
     from experiments.open_questions import reordered, symmetric
@@ -242,10 +340,9 @@ def test_profiled_influence_is_the_gradient_of_the_profiled_weight(lab):
 def test_relevance_of_activations_is_output_times_gradient(lab):
     """R = z ⊙ g of a layer's output, against a hook that sees z before the ε-rule's factor z / (z + ε·sign z)."""
     from experiments.fig2 import activations
-    from influence import operations
     here = lab()
     ids, name = here.calibration(3)[:1], "model.layers.1.mlp.down_proj"
-    model, ops, kept = here.ckpt.model(CPU, FP32), operations("lrp"), {}
+    model, ops, kept = here.ckpt.model(CPU, FP32), attn_lrp(), {}
     model.get_submodule(name).register_forward_hook(lambda m, x, y: kept.setdefault("z", y.requires_grad_()))
     target = model(ids, ops)[0, -1].max()
     g, = torch.autograd.grad(target, kept["z"])
@@ -266,34 +363,42 @@ def test_fig1_curves_end_where_one_sweep_ends():
     start = (P * (W @ S - (U[:, :5] * s[:5]) @ V[:5]) ** 2).sum()
     U, s, V = als_sweep(W @ S, P, U[:, :5], s[:5], V[:5], range(4, -1, -1))
     end = (P * (W @ S - (U * s) @ V) ** 2).sum()
-    assert c["infl"][-1] == pytest.approx((end / start).item(), abs=1e-6) and c["updates"] == [0, 1, 2, 3, 4, 5] and c["rise"] < 0
+    assert c["infl"][-1] == pytest.approx((end / start).item(), abs=1e-6)
+    assert c["updates"] == [0, 1, 2, 3, 4, 5] and c["rise"] < 0
 
 
-# ---------------------------------------------------------------------------------------------- README and committed results
+# -------------------------------------------------------------------------------- README and committed results
 def test_markers_are_refreshed_and_nothing_else(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- fig3 -->\nold\nold\n<!-- /fig3 -->\nb\n<!-- fig5 -->\nkept\n<!-- /fig5 -->\n", "utf-8")
+    rest = "b\n<!-- fig5 -->\nkept\n<!-- /fig5 -->\n"
+    readme.write_text(f"a\n<!-- fig3 -->\nold\nold\n<!-- /fig3 -->\n{rest}", "utf-8")
     refresh("fig3", "| new \\1 |", tmp_path)
-    assert readme.read_text("utf-8") == "a\n<!-- fig3 -->\n| new \\1 |\n<!-- /fig3 -->\nb\n<!-- fig5 -->\nkept\n<!-- /fig5 -->\n"
+    assert readme.read_text("utf-8") == f"a\n<!-- fig3 -->\n| new \\1 |\n<!-- /fig3 -->\n{rest}"
+    # A block that a README does not have (any more) is not replaced, and nothing is added.
+    before = readme.read_text("utf-8")
+    refresh("fig6", "| never |", tmp_path)
+    assert readme.read_text("utf-8") == before
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_readme_and_committed_results_agree(name):
-    """The block between a script's markers, wherever a README has them, is made from its committed JSON; so are its verdicts."""
+    """The block between a script's markers, wherever they are, is made from its committed JSON; so are its verdicts."""
     module = importlib.import_module(f"experiments.{name}")
     result = json.loads((RESULTS / f"{name}-demo.json").read_text("utf-8"))
     assert result["verdicts"] == module.verdicts(result)
     texts = [(ROOT / path).read_text("utf-8") for path in ("README.md", "experiments/README.md")]
     blocks = [block for text in texts for block in re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, re.S)]
-    assert blocks and all(each == common.block(module, result) for each in blocks)
+    assert blocks and all(each == report.block(module, result) for each in blocks)
 
 
-def test_the_main_readme_has_the_short_table_and_every_claim():
-    readme = (ROOT / "README.md").read_text("utf-8")
+def test_the_readmes_have_every_claim_and_the_short_table_where_they_show_it():
     table2 = importlib.import_module("experiments.table2")
     result = json.loads((RESULTS / "table2-demo.json").read_text("utf-8"))
-    assert f"<!-- table2-short -->\n{table2.short(result)}\n<!-- /table2-short -->" in readme
-    assert f"<!-- claims -->\n{common.claims(RESULTS)}\n<!-- /claims -->" in readme
+    wanted = {"claims": report.claims(RESULTS), "table2-short": table2.short(result)}
+    texts = [(ROOT / path).read_text("utf-8") for path in ("README.md", "experiments/README.md")]
+    found = {name: [each for text in texts for each in re.findall(
+        rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, re.S)] for name in wanted}
+    assert found["claims"] and all(each == wanted[name] for name, blocks in found.items() for each in blocks)
 
 
 def test_committed_results_are_of_one_checkpoint_the_bundled_one():
@@ -302,5 +407,6 @@ def test_committed_results_are_of_one_checkpoint_the_bundled_one():
 
 
 def test_a_script_runs_alone_and_says_what_is_wrong(tmp_path):
-    done = script("experiments/a6", "--ckpt", ROOT / "demo", "--seeds", "three", "--work", tmp_path, "--results", tmp_path)
+    done = script("experiments/a6", "--ckpt", ROOT / "demo", "--seeds", "three", "--work", tmp_path,
+                  "--results", tmp_path)
     assert done.returncode == 2 and "--seeds is three" in done.stderr and "Traceback" not in done.stderr
