@@ -40,7 +40,7 @@ FAST_FROM = 512
 
 # ------------------------------------------------------------ the method
 def rank_at(rate, m, n):
-    """The largest rank k with k(m+n) <= rate·m·n; `rate` is what is kept (Section 4.1)."""
+    """The largest rank k with k(m+n) <= rate·m·n: `rate` is kept (Section 4.1)."""
     # 1e-9: a whole number must not be rounded below itself.
     return int(rate * m * n / (m + n) + 1e-9)
 
@@ -103,7 +103,7 @@ def truncated_svd(W, k):
 
 
 def objective(Wp, P, U, sigma, Vh):
-    """Eq. 4: L_act,infl = ‖√P ⊙ (W' − UΣVᵀ)‖², P = 1 + δI; Eq. 3: L_act with P = 1."""
+    """Eq. 4: L_act,infl = ‖√P ⊙ (W' − UΣVᵀ)‖² = Σ P (…)², P = 1 + δI; Eq. 3: P = 1."""
     residual = Wp - (U * sigma) @ Vh
     return (P * residual.square()).sum(dtype=torch.float64).item()
 
@@ -120,23 +120,23 @@ def als_sweep(Wp, P, U, sigma, Vh, ranks):
     tiny = torch.finfo(Wp.dtype).tiny
     # line 3: W'_k = U'_k Σ'_k V'_kᵀ   (m, n)
     Wk = (U * sigma) @ Vh
-    # line 4: for r = k-1 down to 0
+    # line 4: for every r, here in the order of `ranks`
     for r in ranks:
         u, s, v = U[:, r], sigma[r], Vh[r]
-        if s == 0:                                      # no such component
+        if s == 0:                                      # Eq. 5 would divide by it
             continue
-        # line 5, Eq. 15: E_r = W' − W'_k + σuvᵀ   (m, n)
+        # line 5, Eq. 15: E_r = W' − W'_k + σuvᵀ; then P ⊙ E_r   (m, n)
         old = s * torch.outer(u, v)
         E = Wp - Wk + old
         PE = P * E
         # line 6, Eq. 5: v = (uᵀ(P ⊙ E_r)) / (σ (u²)ᵀP), u² as Eq. 21 derives it   (n,)
         v = (u @ PE) / (s * (u.square() @ P)).clamp_min(tiny)
         # line 7, Eq. 6: ũ = ((P ⊙ E_r) v) / (P v²)   (m,)
-        u = (PE @ v) / (P @ v.square()).clamp_min(tiny)
-        # Eq. 27: σ = ‖ũ‖, u = ũ/σ
-        s = u.norm()
-        u = u / s.clamp_min(tiny)
-        # line 8: W'_k with the new component in place of the old
+        u_tilde = (PE @ v) / (P @ v.square()).clamp_min(tiny)
+        # line 7, Eq. 27: σ = ‖ũ‖, u = ũ/σ
+        s = u_tilde.norm()
+        u = u_tilde / s.clamp_min(tiny)
+        # line 8: W'_k + σuvᵀ, less the old component
         Wk += s * torch.outer(u, v) - old
         U[:, r], sigma[r], Vh[r] = u, s, v
     return U, sigma, Vh
@@ -163,24 +163,24 @@ class Losses(NamedTuple):
     zero: float | None        # the zero matrix's loss, for relative errors; None: unknown
 
 
-def air(W, S, I, k, delta=2.0, sweeps=("backward",)):
+def air(W, S, I, k, delta=2.0, orders=("backward",)):
     """Algorithm 1: weight W, S, normalised I, rank k -> U_k (m, k), V_kᵀ (k, n), Losses.
 
-    δ = 0 gives SVD-LLM(W). `sweeps`: the order of the ranks in each, backward (r = k-1
-    … 0, the paper's) or forward.
+    W (m, n), S (n, n), I (m, n). `orders`: that of the ranks in each sweep, "backward"
+    (k-1 … 0, the paper's) or "forward". With δ = 0 or no sweep it is SVD-LLM(W).
     """
     Wp = W @ S.to(W.dtype)                                      # line 1, Eq. 1: W' = WS
     P = 1 + delta * I
     U, sigma, Vh = truncated_svd(Wp, k)                         # line 2, Eq. 3
     act = objective(Wp, torch.ones_like(P), U, sigma, Vh)
     before = objective(Wp, P, U, sigma, Vh)
-    for order in sweeps:
+    for order in orders:
         ranks = range(k - 1, -1, -1) if order == "backward" else range(k)
         U, sigma, Vh = als_sweep(Wp, P, U, sigma, Vh, ranks)    # lines 3-9, Eqs. 5 and 6
     after = objective(Wp, P, U, sigma, Vh)
     zero = (P * Wp.square()).sum(dtype=torch.float64).item()
-    U, V = native_factors(U, sigma, Vh, S)                      # lines 10-11
-    return U, V, Losses(act, before, after, zero)
+    Uk, Vk = native_factors(U, sigma, Vh, S)                    # lines 10-11
+    return Uk, Vk, Losses(act, before, after, zero)
 
 
 # ------------------------------------------------------------ what it is compared with
@@ -228,16 +228,18 @@ def statistics(ckpt, windows, device, dtype, blocks, signal=None):
     support/large.py has the same for statistics that are kept, spilled or divided among
     processes.
     """
+    if not blocks:
+        return
     if signal is None:                                       # one forward sweep is enough
         h = embed(ckpt, windows, dtype)
-        up_to = range(max(blocks, default=-1) + 1)
+        up_to = range(max(blocks) + 1)
         sweep = forward_sweep(ckpt, h, device, gram=True, blocks=up_to)
     else:
         inputs = {}                                             # {block: its input}
         for _ in forward_sweep(ckpt, embed(ckpt, windows, dtype), device, keep=inputs):
             pass
         g = start_gradient(ckpt, windows, inputs.pop(ckpt.cfg.n_layers), device, signal)
-        # ΣXXᵀ comes from the forward recomputed on the way back: neither statistics wait.
+        # ΣXXᵀ is taken from the forward recomputed on the way back, where I is, too.
         sweep = backward_sweep(ckpt, inputs, g, device, signal, gram=True)
     for l, stats in sweep:
         if l in blocks:
@@ -274,7 +276,7 @@ class Layer:
     W: torch.Tensor             # (m, n) fp32
     k: int                      # rank
     inputs: Inputs
-    collected: dict             # {backward signal: I (m, n)}
+    collected: dict             # {backward signal: I (m, n)}, and the input's own
 
     @property
     def S(self):
@@ -288,9 +290,10 @@ class Layer:
 
     def influence(self, signal):
         """I (m, n) by one of SIGNALS, of any positive scale."""
-        if signal in self.collected:
-            return self.collected[signal].to(self.W.dtype)
-        return SIGNALS[signal].influence(self.W, self.inputs.gram)
+        I = self.collected.get(signal)
+        if I is None:
+            I = SIGNALS[signal].influence(self.W, self.inputs.gram)
+        return I.to(self.W.dtype)
 
 
 def layers_of(ckpt, l, stats, ranks, device):
@@ -337,8 +340,8 @@ class Options:
     method: str = option("air", METHODS)
     signal: str = option("lrp", SIGNALS, "what fills the influence matrix (default lrp, "
                          "from the last token's top logit; lrp-all: from every token's)")
-    scale: str = option("mean", ("mean", "max100"), "of I: unit mean; max100: the released "
-                        "code's")
+    scale: str = option("mean", ("mean", "max100"),
+                        "of I: unit mean; max100: the released code's")
     delta: float = option(2.0, help="influence weighting strength δ of Eq. 4 (default 2)")
     sweeps: int = option(1, help="ALS sweeps (default 1)")
     order: str = option("backward", ("backward", "forward"),
@@ -456,7 +459,9 @@ class Job:
     device: torch.device
     dtype: torch.dtype
     why: str                    # that dtype
-    out: str                    # folder
+    out: str                    # folder of the result
+    stats: str | None           # folder of kept statistics
+    spill: str | None           # folder of block inputs
 
     @property
     def cut(self):
@@ -501,23 +506,14 @@ def parse_arguments():
     return p.parse_args()
 
 
-def calibration(args, ckpt, method):
-    """(text, windows (N, T)) of the calibration; none for a method that reads none."""
-    text, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
-    if METHODS[method].reads == "nothing":
-        return text, torch.empty(0, seqlen, dtype=torch.long)
-    return text, calibration_windows(text, ckpt, samples, seqlen, args.seed)
-
-
-def evaluation(args, ckpt, calib, seqlen):
-    """(text, what evaluation_windows returns) of the evaluation, or ("none", None)."""
-    text = args.text or calib
+def evaluation(text, ckpt, seqlen, asked):
+    """What evaluation_windows returns; None for the text "none". `asked`: --seqlen."""
     if text == "none":
-        return text, None
+        return None
     # A .npy file of windows brings their length.
-    length = seqlen if own_windows(text, ckpt) is None else args.seqlen
+    length = seqlen if own_windows(text, ckpt) is None else asked
     _, _, length = with_defaults(ckpt, text, None, length)
-    return text, evaluation_windows(text, ckpt, length)
+    return evaluation_windows(text, ckpt, length)
 
 
 def prepare(args):
@@ -535,35 +531,40 @@ def prepare(args):
     ranks = pick_ranks(ckpt, blocks, args.rate)
     device, dtype, why = pick_device(args.device, args.dtype)
     check_signal(options.backward, dtype)
-    calib, windows = calibration(args, ckpt, options.method)
-    text, held_out = evaluation(args, ckpt, calib, windows.shape[1])
+    calib, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
+    windows = torch.empty(0, seqlen, dtype=torch.long)
+    if METHODS[options.method].reads != "nothing":
+        windows = calibration_windows(calib, ckpt, samples, seqlen, args.seed)
+    text = args.text or calib
+    held_out = evaluation(text, ckpt, windows.shape[1], args.seqlen)
     out = args.out or f"out/{ckpt.name}-{options.method}-{args.rate:g}"
-    check_apart(out, stats=args.stats, json=args.json)
+    check_apart(out, stats=args.stats, spill=args.spill, json=args.json)
     device = large.start_processes(device)
     world = large.processes()[1]
     if 0 < len(windows) < world:
         raise InputError(f"{len(windows)} windows cannot be divided among {world} "
                          "processes; expected one for each at least")
     return Job(ckpt, options, args.rate, blocks, ranks, calib, windows, text, held_out,
-               device, dtype, why, out)
+               device, dtype, why, out, args.stats, args.spill)
 
 
-def make_plan(job, need, args):
+def make_plan(job, need):
     """The plan of a run whose result takes `need` bytes; InputError if it cannot fit."""
     signal = job.options.backward
     shape = job.windows.shape
     plan = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, signal)
-    plan.place((f"{job.out}.partial", need), args.spill, args.stats)
+    spill = job.spill if signal else None                   # other methods keep no inputs
+    plan.place((f"{job.out}.partial", need), spill, job.stats)
     plan.check()
     return plan
 
 
-def sweep_of(job, blocks, args):
+def sweep_of(job, blocks):
     """(l, stats) of `blocks`, by `statistics` above or support/large.py's form of it."""
     if METHODS[job.options.method].reads == "nothing":
         return ((l, {}) for l in blocks)
-    kept = args.stats or args.spill or large.processes()[1] > 1
-    collect = large.Kept(args.stats, args.spill).statistics if kept else statistics
+    kept = job.stats or job.spill or large.processes()[1] > 1
+    collect = large.Kept(job.stats, job.spill).statistics if kept else statistics
     signal = job.options.backward
     return collect(job.ckpt, job.windows, job.device, job.dtype, blocks, signal)
 
@@ -596,11 +597,11 @@ def main():
     # Every check, before the first matrix product.
     job = prepare(args)
     need = result_bytes(job.ckpt, job.cut)
-    plan = make_plan(job, need, args)
+    plan = make_plan(job, need)
     first = large.processes()[0] == 0                       # it writes and evaluates
     writer = nullcontext()
     if first:
-        writer = Writer(job.out, need, args.overwrite, job.facts(), keep=bool(args.stats))
+        writer = Writer(job.out, need, args.overwrite, job.facts(), keep=bool(job.stats))
 
     # Block by block: collect its statistics, replace its weights by factors, write them.
     with writer:
@@ -613,7 +614,7 @@ def main():
                          f"blocks are finished in {job.out}.partial")
         progress.begin(len(left) * len(LAYERS))
         watch.lap("prepare")
-        for l, stats in large.divide(sweep_of(job, left, args)):
+        for l, stats in large.divide(sweep_of(job, left)):
             watch.lap("statistics")
             part = None if l is None else solve_block(job, l, stats, progress)
             del stats

@@ -88,13 +88,31 @@ def add_inputs(stats, block, seen, tokens):
     """
     for name in INPUTS:
         x = wide(seen[block.get_submodule(name)]).flatten(0, -2)    # (tokens, n)
-        # Eq. 1: ΣXXᵀ, the sum of x xᵀ over all tokens   (n, n)
+        # Eq. 1: ΣXXᵀ; x holds a token a row, so it is the paper's Xᵀ   (n, n)
         add(stats, f"{name}.gram", x.T @ x)
         # ASVD's mean of |x|   (n,)
         add(stats, f"{name}.mean_abs", x.abs().sum(0) / tokens)
 
 
 # ------------------------------------------------------------ the sweep
+def block_forward(block, h, out, angles, gram):
+    """All windows forward through a block: h (N, T, dim) its input, `out` for its output.
+
+    `out` may be h itself. Returns the block's statistics, none without `gram`.
+    """
+    stats = {}
+    device = angles[0].device
+    N, T, _ = h.shape
+    batch = max(1, 1024 // T)                               # about a thousand tokens
+    for i in range(0, N, batch):
+        seen = {}
+        ops = recording(PLAIN, seen) if gram else PLAIN
+        out[i:i + batch] = block(h[i:i + batch].to(device), angles, ops)
+        if gram:
+            add_inputs(stats, block, seen, N * T)
+    return stats
+
+
 @torch.no_grad()
 def forward_sweep(ckpt, h, device, gram=False, keep=None, blocks=None):
     """Run every window through `blocks` (a range; default: all), one at a time in memory.
@@ -106,23 +124,15 @@ def forward_sweep(ckpt, h, device, gram=False, keep=None, blocks=None):
     """
     blocks = range(ckpt.cfg.n_layers) if blocks is None else blocks
     angles = rope(ckpt.cfg, h.shape[1], device)
-    batch = max(1, 1024 // h.shape[1])                           # about a thousand tokens
     for l in blocks:
-        block = ckpt.block(l, device, h.dtype)
-        stats = {}
         # The input is kept for the backward sweep, or overwritten.
         out = h
         if keep is not None:
             keep[l] = h
             out = torch.empty_like(h)
-        for i in range(0, len(h), batch):
-            seen = {}
-            ops = recording(PLAIN, seen) if gram else PLAIN
-            out[i:i + batch] = block(h[i:i + batch].to(device), angles, ops)
-            if gram:
-                add_inputs(stats, block, seen, h.shape[0] * h.shape[1])
+        # No name here holds the block or its statistics: they go when their turn is over.
+        yield l, block_forward(ckpt.block(l, device, h.dtype), h, out, angles, gram)
         h = out
-        yield l, stats
     if keep is not None:
         keep[blocks.stop] = h
 

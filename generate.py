@@ -162,7 +162,7 @@ class Step:
     columns: torch.Tensor       # (T,) of the cache, where the new tokens go
     span: int                   # how many columns of the cache there are to see
     rotation: list              # RoPE's (cos, sin) at the new tokens' positions
-    rotations: list | None      # … at those of the whole span, without O1
+    late_rotation: list | None  # … at those of the whole span, for keys cached unrotated
     mask: torch.Tensor | None   # added to the scores; None: nothing is masked
 
 
@@ -236,15 +236,15 @@ class CachedBlock:
         q = self.heads(self.qkv.outer(0, q))                            # (B, H, T, D)
         k = self.heads(self.qkv.outer(1, k))                            # (B, G, T, D)
         # O1: keys are cached rotated.
-        if step.rotations is None:
+        if step.late_rotation is None:
             q, k = rotate(torch.cat((q, k), dim=1), step.rotation).split((H, G), dim=1)
         else:
             q = rotate(q, step.rotation)
         # O2: values are cached as V_kᵀx, (B, 1, T, r).
         v = self.heads(self.qkv.outer(2, v)) if self.U is None else v[:, None]
         k, v = cache.write(self.l, k, v, step)
-        if step.rotations is not None:
-            k = rotate(k, step.rotations)
+        if step.late_rotation is not None:
+            k = rotate(k, step.late_rotation)
         q = q.reshape(B, G, -1, D)                                      # (B, G, H/G·T, D)
         if self.U is not None and T == 1:
             y = low_rank_attention(q, k, v, self.U, self.qkv.bias[2], step.mask)
@@ -351,13 +351,14 @@ class Decoder:
         self.column += 1
 
     def forward(self, ids, columns, span):
-        """Ids (B, T) in `columns` (T,) that see `span` of them -> the last logits (B, vocab)."""
+        """Ids (B, T) in `columns` (T,) that see `span` -> the last logits (B, vocab)."""
         # One query in the last column sees every column: only padding is to be masked.
         alone = ids.shape[1] == 1 and not self.graph
         mask = None if alone and self.start is None else self.mask(columns, span)
-        every = torch.arange(span, device=self.device)
-        rotations = None if self.o1 else self.rotation(every)
-        step = Step(columns, span, self.rotation(columns), rotations, mask)
+        late = None
+        if not self.o1:
+            late = self.rotation(torch.arange(span, device=self.device))
+        step = Step(columns, span, self.rotation(columns), late, mask)
         x = F.embedding(ids, self.embedding)                            # (B, T, dim)
         for block in self.blocks:
             x = block(x, self.cache, step)
@@ -372,7 +373,9 @@ class Decoder:
         return [table[position].unsqueeze(-3) for table in self.angles]
 
     def mask(self, columns, span):
-        """0 where a query in `columns` (T,) sees one, else -inf: (·, 1, H/G·T, span).
+        """0 where a query in `columns` (T,) sees a column of the cache, else -inf.
+
+        (1, 1, H/G·T, span), or (B, 1, H/G·T, span) where rows begin apart.
 
         It sees those up to its own, from its row's start on. Padding sees itself, so
         that its own numbers stay finite.

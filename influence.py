@@ -1,8 +1,8 @@
 """Stage 2: the backward sweep: how much each weight influences the output (Section 3.1).
 
 Relevance follows AttnLRP in gradient form: with g = R / z at every activation z,
-propagating relevance is an ordinary backward pass in which four operations have another
-derivative. They are the functions under "rules"; the block itself is model.py's.
+propagating relevance is an ordinary backward pass in which the five operations of a block
+have another derivative: the functions under "rules". The block itself is model.py's.
 Weight×Gradient and Fisher use the same sweep with the ordinary operations.
 
 Alone, it prints how influence is spread:  python influence.py --ckpt demo --signal lrp
@@ -73,8 +73,8 @@ def uniform_mul(a, b):
 def uniform_attention(q, k, v):
     """Uniform rule for both products of attention, the softmax's plain gradient between.
 
-    Halving the gradients of q and k halves that of their product q·kᵀ, so the fused
-    kernel stays in use; the softmax's plain gradient is AttnLRP's Taylor rule.
+    Half the gradient of the product q·kᵀ is half those of q and k, so the fused kernel
+    stays in use; the softmax's plain gradient is AttnLRP's Taylor rule.
     """
     return uniform(attention(uniform(q), uniform(k), v))
 
@@ -119,6 +119,7 @@ SIGNALS = {
     "wxg": Signal("loss", PLAIN, lambda W, g: (W * g).abs()),
     # A.1: (∂L/∂w)², the diagonal empirical Fisher information.
     "fisher": Signal("loss", PLAIN, lambda W, g: g * g),
+    # Not in the paper: the gradient alone.
     "grad": Signal("loss", PLAIN, lambda W, g: g.abs()),
     # Table 7's uninformative baselines.
     "ones": Signal(None, None, lambda W, gram: torch.ones_like(W)),
@@ -129,7 +130,8 @@ BACKWARD = tuple(name for name, signal in SIGNALS.items() if signal.target)
 
 def check_signal(signal, dtype):
     """Raise InputError for relevance in fp16, whose range z/(z + ε) leaves."""
-    if signal and signal.startswith("lrp") and dtype == torch.float16:
+    relevance = signal is not None and SIGNALS[signal].ops not in (PLAIN, None)
+    if relevance and dtype == torch.float16:
         raise InputError("the lrp signal overflows in float16; "
                          "use --dtype bfloat16 or float32")
 
@@ -191,12 +193,12 @@ def block_backward(block, x, g, angles, signal, gram):
 
     Replaces g in place by the gradient at the input; returns the block's statistics.
     """
-    plain = SIGNALS[signal].ops
+    rules = SIGNALS[signal].ops
     device = angles[0].device
     stats = {}
     for d in range(len(g)):
         seen = {}
-        ops = recording(plain, seen) if gram else plain
+        ops = recording(rules, seen) if gram else rules
         # The block's forward is computed again, since only its input was kept.
         window = x[d:d + 1].to(device)
         g_out = g[d:d + 1].to(device)

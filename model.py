@@ -40,7 +40,7 @@ class Config:
 LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
-# The layer whose input each reads: q, k and v share one, so do gate and up.
+# Layers that read one input, whose ΣXXᵀ serves them all under the first's name.
 READS = {name: name for name in LAYERS} | {
     "self_attn.k_proj": "self_attn.q_proj",
     "self_attn.v_proj": "self_attn.q_proj",
@@ -187,7 +187,7 @@ class Llama(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.model = nn.Module()
-        # nn.Embedding would draw normal numbers, a second where only shapes are wanted.
+        # Uniform numbers: nn.Embedding's normal ones take a second even without memory.
         table = torch.rand(cfg.vocab, cfg.dim) - 0.5
         self.model.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.model.layers = nn.ModuleList(Block(cfg, l) for l in range(cfg.n_layers))

@@ -1,10 +1,11 @@
-"""How closely this repository agrees with the authors' released code and with the transformers package.
+"""How closely this repository agrees with the authors' released code and with transformers.
 
     python experiments/agreement.py ../shared/oracles/official_a
 
-The folder holds a small checkpoint and official.npz, the numbers of the authors' code for it; the golden logits of the
-transformers package are in tests/golden. Writes experiments/results/agreement.json: the largest distance over all layers,
-relative in Frobenius norm, of logits absolute.
+The folder holds a small checkpoint and official.npz, the numbers of the authors' code for
+it; the golden logits of the transformers package are in tests/golden. Writes
+experiments/results/agreement.json: the largest distance over all layers, relative in
+Frobenius norm, of logits absolute.
 """
 import json
 import subprocess
@@ -16,46 +17,82 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from conftest import distance, write_checkpoint                                   # noqa: E402
-from model import LAYERS, READS                                       # noqa: E402
-from support.checkpoint import Checkpoint                                       # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from conftest import distance, write_checkpoint
+from model import LAYERS, READS
+from support.checkpoint import Checkpoint
+from support.script import ROOT, write_json
+
+RUNS = {        # name in official.npz, or here alone: options of air.py
+    "air_unit": (),
+    "air_max100": ("--scale", "max100"),
+    "svd_llm_w": ("--method", "svdllm"),
+    "wxg": ("--signal", "wxg"),
+    "fisher": ("--signal", "fisher"),
+}
+SIGNALS = {"lrp": "lrp", "wxg": "weightxgrad", "fisher": "fisher"}      # here: there
+
+
+def compress(folder, windows, out):
+    """Every run, from the authors' windows, and the statistics of all of them, in `out`."""
+    np.save(f"{out}/w.npy", windows)
+    for name, options in RUNS.items():
+        command = [sys.executable, ROOT / "air.py", "--ckpt", folder,
+                   "--calib", f"{out}/w.npy", "--text", "none", *options,
+                   "--stats", f"{out}/stats", "--out", f"{out}/{name}",
+                   "--quiet", "--device", "cpu"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def layer_distances(out, numbers, blocks):
+    """Yield (what, distance) for every layer: its statistics and its reconstructions."""
+    weights = {name: load_file(f"{out}/{name}/model.safetensors")
+               for name in ("svd_llm_w", "air_unit", "air_max100")}
+    for l in range(blocks):
+        stats = {}
+        for kind in ("gram", *SIGNALS):
+            stats |= load_file(f"{out}/stats/block_{l:03}.{kind}.safetensors")
+        for name in LAYERS:
+            layer = f"model.layers.{l}.{name}"
+            yield "gram", distance(stats[f"{READS[name]}.gram"], numbers[f"gram/{layer}"])
+            for ours, theirs in SIGNALS.items():
+                influence = numbers[f"{theirs}/{layer}"]
+                yield ours, distance(stats[f"{name}.{ours}"], influence)
+            for run, w in weights.items():
+                product = w[layer + ".U.weight"] @ w[layer + ".V.weight"]
+                yield run, distance(product, numbers[f"{run}/{layer}"])
+
+
+def golden_distances(out):
+    """Yield (what, distance) of the logits of every golden model."""
+    for path in sorted((ROOT / "tests" / "golden").glob("*.npz")):
+        golden = np.load(path)
+        config = json.loads(str(golden["config"]))
+        ckpt = Checkpoint(write_checkpoint(Path(out) / path.stem, config))
+        logits = ckpt.model()(torch.from_numpy(golden["ids"].astype(np.int64)))
+        yield f"golden {path.stem}", np.abs(logits.numpy() - golden["logits"]).max()
+
+
+def distances(folder):
+    """Yield (what, distance) of all that is compared."""
+    numbers = np.load(folder / "official.npz")
+    ckpt = Checkpoint(folder)
+    with tempfile.TemporaryDirectory() as out:
+        compress(folder, numbers["windows"], out)
+        yield from layer_distances(out, numbers, ckpt.cfg.n_layers)
+        logits = ckpt.model()(torch.from_numpy(numbers["windows"][:1]).long())[0]
+        yield "logits", np.abs(logits.numpy() - numbers["logits_window0"]).max()
+        yield from golden_distances(out)
 
 
 def main():
-    folder, worst = Path(sys.argv[1]), {}
-    numbers = np.load(folder / "official.npz")
-
-    def note(what, value):
+    worst = {}
+    for what, value in distances(Path(sys.argv[1])):
         worst[what] = max(worst.get(what, 0.0), float(value))
-    with tempfile.TemporaryDirectory() as tmp:
-        np.save(f"{tmp}/w.npy", numbers["windows"])
-        for out, options in (("air_unit", ()), ("air_max100", ("--scale", "max100")), ("svd_llm_w", ("--method", "svdllm")),
-                             ("wxg", ("--signal", "wxg")), ("fisher", ("--signal", "fisher"))):
-            subprocess.run([sys.executable, ROOT / "air.py", "--ckpt", folder, "--calib", f"{tmp}/w.npy", "--text", "none", *options,
-                            "--stats", f"{tmp}/stats", "--out", f"{tmp}/{out}", "--quiet", "--device", "cpu"], check=True,
-                           stdout=subprocess.DEVNULL)
-        for l in range(Checkpoint(folder).cfg.n_layers):
-            stats = {k: x for kind in ("gram", "lrp", "wxg", "fisher")
-                     for k, x in load_file(f"{tmp}/stats/block_{l:03}.{kind}.safetensors").items()}
-            for name in LAYERS:
-                layer = f"model.layers.{l}.{name}"
-                note("gram", distance(stats[f"{READS[name]}.gram"], numbers[f"gram/{layer}"]))
-                for ours, theirs in (("lrp", "lrp"), ("wxg", "weightxgrad"), ("fisher", "fisher")):
-                    note(ours, distance(stats[f"{name}.{ours}"], numbers[f"{theirs}/{layer}"]))
-                for out in ("svd_llm_w", "air_unit", "air_max100"):
-                    w = load_file(f"{tmp}/{out}/model.safetensors")
-                    note(out, distance(w[layer + ".U.weight"] @ w[layer + ".V.weight"], numbers[f"{out}/{layer}"]))
-        logits = Checkpoint(folder).model()(torch.from_numpy(numbers["windows"][:1]).long())[0]
-        note("logits", np.abs(logits.numpy() - numbers["logits_window0"]).max())
-        for path in sorted((ROOT / "tests" / "golden").glob("*.npz")):
-            golden = np.load(path)
-            ckpt = Checkpoint(write_checkpoint(Path(tmp) / path.stem, json.loads(str(golden["config"]))))
-            logits = ckpt.model()(torch.from_numpy(golden["ids"].astype(np.int64)))
-            note(f"golden {path.stem}", np.abs(logits.numpy() - golden["logits"]).max())
-    (ROOT / "experiments" / "results" / "agreement.json").write_text(json.dumps(worst, indent=1) + "\n")
-    print("\n".join(f"{what:<36} {value:.1e}" for what, value in worst.items()))
+    write_json(ROOT / "experiments" / "results" / "agreement.json", worst)
+    for what, value in worst.items():
+        print(f"{what:<36} {value:.1e}")
 
 
 if __name__ == "__main__":

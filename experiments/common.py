@@ -22,7 +22,7 @@ import torch
 
 from air import METHODS, Options, compress_block, pick_ranks
 from calibrate import calibration_windows
-from eval_ppl import evaluate, evaluation_windows, last_states
+from eval_ppl import evaluate, evaluation_windows, last_states, warn_nonfinite
 from experiments.report import (RESULTS, block, claims, mean_spread, number, pyplot,
                                 refresh)
 from influence import check_signal
@@ -384,6 +384,7 @@ class Lab:
             # The dense model's states serve every method; without them no divergence.
             dense = self.dense_states(which) if js else None
             score = evaluate(small, windows, self.device, self.dtype, dense)
+            warn_nonfinite(score, windows)
             # A text is known by its windows, so that another --windows is another figure.
             cell["ppl"][digest(windows)] = score["ppl"]
             if js:

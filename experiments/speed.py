@@ -1,11 +1,12 @@
-"""How fast and how small: every ratio is measured in one run, the two sides in turn; medians are printed, raw numbers kept.
+"""How fast and how small: every ratio is measured in one run, the two sides in turn.
 
-    python experiments/speed.py                       # all of it, about five minutes on 2 cores
-    python experiments/speed.py als sweep             # some of it: sweep, als, demo, memory
+    python experiments/speed.py                 # all of it, about ten minutes on 2 cores
+    python experiments/speed.py als sweep       # some of it: sweep, als, demo, memory
 
-Writes experiments/results/speed.json.
+Medians are printed, raw numbers kept in experiments/results/speed.json.
 """
 import json
+import math
 import os
 import platform
 import statistics
@@ -20,29 +21,35 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import air                                                                        # noqa: E402
-from air import als_sweep, truncated_svd                                          # noqa: E402
-from calibrate import calibration_windows, embed, forward_sweep                   # noqa: E402
-from influence import backward_sweep, start_gradient                                          # noqa: E402
-from support.checkpoint import Checkpoint, parse_config                                 # noqa: E402
-from model import Llama                                 # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import air
+from calibrate import calibration_windows, embed, forward_sweep
+from experiments.shapes import shape
+from influence import backward_sweep, start_gradient
+from model import Llama
+from support import fast
+from support.checkpoint import Checkpoint, parse_config
+from support.script import ROOT, read_json, write_json
 
 CPU = torch.device("cpu")
 
 
 def in_turn(*sides, rounds=7):
-    """Time callables A B A B …, one warm-up each; returns a list of seconds for each."""
-    for side in sides:
-        side()
+    """Time callables A B A B … after one warm-up each.
+
+    Returns (a list of seconds for each, what each returned in its warm-up).
+    """
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else int
+    results = [side() for side in sides]
     times = [[] for _ in sides]
     for _ in range(rounds):
         for side, log in zip(sides, times):
+            wait()
             start = time.perf_counter()
             side()
+            wait()
             log.append(time.perf_counter() - start)
-    return times
+    return times, results
 
 
 def ratio(a, b):
@@ -50,136 +57,205 @@ def ratio(a, b):
     return statistics.median(x / y for x, y in zip(a, b))
 
 
-def sweep(samples=8, seqlen=256):
-    """The backward sweep with lrp against an ordinary forward-backward of the whole model by autograd, a window at a time."""
-    ckpt = Checkpoint(ROOT / "demo")
-    windows = calibration_windows("stdlib", ckpt, samples, seqlen)
+def apart(a, b):
+    """‖a − b‖ / ‖b‖ in Frobenius norm."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ------------------------------------------------------------ the sweep
+def block_inputs(ckpt, windows):
+    """{l: the input of block l}, and the last one's output under n_layers."""
     kept = {}
     for _ in forward_sweep(ckpt, embed(ckpt, windows, torch.float32), CPU, keep=kept):
         pass
+    return kept
+
+
+def backward(ckpt, windows, inputs, gram=False):
+    """The backward sweep over what `block_inputs` kept, which is used up."""
+    g = start_gradient(ckpt, windows, inputs.pop(ckpt.cfg.n_layers), CPU)
+    for _ in backward_sweep(ckpt, inputs, g, CPU, gram=gram):
+        pass
+
+
+def sweep(samples=8, seqlen=256):
+    """The backward sweep with lrp against an ordinary forward-backward of the whole model by
+    autograd, a window at a time."""
+    ckpt = Checkpoint(ROOT / "demo")
+    windows = calibration_windows("stdlib", ckpt, samples, seqlen)
+    kept = block_inputs(ckpt, windows)
+    last = ckpt.cfg.n_layers
     model = ckpt.model(dtype=torch.float32).requires_grad_()
 
     def ours():
-        g = start_gradient(ckpt, windows, kept[ckpt.cfg.n_layers].clone(), CPU)
-        for _ in backward_sweep(ckpt, dict(kept), g, CPU):
-            pass
+        # The gradient replaces the last output in place.
+        backward(ckpt, windows, kept | {last: kept[last].clone()})
 
     def autograd():
         for ids in windows:
             model.zero_grad()
             F.cross_entropy(model(ids[None])[0, :-1], ids[1:]).backward()
-    a, b = in_turn(ours, autograd)
-    return {"what": f"backward sweep (lrp) / autograd forward-backward, demo, {samples} windows of {seqlen}, fp32",
-            "ours_s_per_window": [t / samples for t in a], "autograd_s_per_window": [t / samples for t in b], "ratio": ratio(a, b)}
+    (a, b), _ = in_turn(ours, autograd)
+    return {"what": f"backward sweep (lrp) / autograd forward-backward, demo, "
+                    f"{samples} windows of {seqlen}, fp32",
+            "ours_s_per_window": [t / samples for t in a],
+            "autograd_s_per_window": [t / samples for t in b],
+            "ratio": ratio(a, b)}
 
 
-def algorithm_1(Wp, P, U, sigma, Vh, ranks):
-    """The paper's Algorithm 1, lines 4-9, literally: W'_k is kept, the residual and the weighted residual formed for each rank."""
-    U, sigma, Vh = U.clone(), sigma.clone(), Vh.clone()
-    Wk = (U * sigma) @ Vh                                                         # line 3
-    for r in ranks:
-        old = sigma[r] * torch.outer(U[:, r], Vh[r])
-        E = Wp - Wk + old                                                         # line 5
-        PE = P * E
-        Vh[r] = (U[:, r] @ PE) / (sigma[r] * (U[:, r].square() @ P))              # line 6, Eq. 21
-        u = (PE @ Vh[r]) / (P @ Vh[r].square())                                   # line 7, Eq. 26
-        sigma[r] = u.norm()
-        U[:, r] = u / sigma[r]
-        Wk += sigma[r] * torch.outer(U[:, r], Vh[r]) - old                        # line 8
-    return U, sigma, Vh
+# ------------------------------------------------------------ the solve
+def problem(size):
+    """W' (size, size) whose singular values fall, and P = 1 + δI with δ = 2."""
+    g = torch.Generator().manual_seed(0)
+    left = torch.randn(size, size, generator=g)
+    right = torch.randn(size, size, generator=g)
+    Wp = (left * torch.linspace(1, 0.05, size)) @ right / size**0.5
+    I = torch.rand(size, size, generator=g)**4
+    return Wp, 1 + 2 * I / I.mean()
+
+
+def compare_svd(size, k, rounds):
+    """fast.truncated_svd against air's, which is torch.linalg.svd.
+
+    Close singular values leave their vectors open, so what they make together is compared.
+    """
+    Wp, _ = problem(size)
+    (literal_s, ours_s), (literal, ours) = in_turn(
+        lambda: air.truncated_svd(Wp, k), lambda: fast.truncated_svd(Wp, k), rounds=rounds)
+    products = [(U * sigma) @ Vh for U, sigma, Vh in (ours, literal)]
+    distances = {"sigma": apart(ours[1], literal[1]), "product": apart(*products)}
+    what = f"torch.linalg.svd / fast.truncated_svd, {size} x {size}, rank {k}, fp32"
+    return {"what": what, "literal_s": literal_s, "ours_s": ours_s,
+            "ratio": ratio(literal_s, ours_s), "factors_apart": distances}
+
+
+def compare_sweep(size, k, rounds):
+    """fast.als_sweep against air's, Algorithm 1 line by line, from the same start."""
+    Wp, P = problem(size)
+    start = air.truncated_svd(Wp, k)
+    ranks = range(k - 1, -1, -1)
+    (literal_s, ours_s), (literal, ours) = in_turn(
+        lambda: air.als_sweep(Wp, P, *start, ranks),
+        lambda: fast.als_sweep(Wp, P, *start, ranks), rounds=rounds)
+    factors = zip(("U", "sigma", "Vh"), ours, literal)
+    distances = {name: apart(a, b) for name, a, b in factors}
+    what = f"literal Algorithm 1 / fast.als_sweep, {size} x {size}, rank {k}, fp32"
+    return {"what": what, "literal_s": literal_s, "ours_s": ours_s,
+            "ratio": ratio(literal_s, ours_s), "factors_apart": distances}
 
 
 def als():
-    """air.py's plain als_sweep against the literal algorithm, fp32, same start; how far the factors are apart."""
-    rows, air.FAST_FROM = [], float("inf")          # fast.py's is measured by scale.py
-    for size, k, rounds in ((2048, 614, 3), (256, 76, 15)):
-        g = torch.Generator().manual_seed(0)
-        Wp = torch.randn(size, size, generator=g) @ torch.diag(torch.linspace(1, 0.05, size)) @ torch.randn(size, size, generator=g) / size ** 0.5
-        I = torch.rand(size, size, generator=g) ** 4
-        P, start, ranks = 1 + 2 * I / I.mean(), truncated_svd(Wp, k), range(k - 1, -1, -1)
-        literal, ours = algorithm_1(Wp, P, *start, ranks), als_sweep(Wp, P, *start, ranks)
-        apart = {name: ((a - b).norm() / a.norm()).item() for name, a, b in zip(("U", "sigma", "Vh"), literal, ours)}
-        a, b = in_turn(lambda: algorithm_1(Wp, P, *start, ranks), lambda: als_sweep(Wp, P, *start, ranks), rounds=rounds)
-        rows.append({"what": f"literal Algorithm 1 / als_sweep, {size} x {size}, rank {k}, fp32", "literal_s": a, "ours_s": b,
-                     "ratio": ratio(a, b), "factors_apart": apart})
-    return rows
+    """support/fast.py against the lines of air.py by width: what FAST_FROM rests on."""
+    air.FAST_FROM = math.inf                # air.py's own lines, whatever the width
+    rows = [compare_sweep(size, k, rounds) for size, k, rounds in
+            ((2048, 614, 3), (1024, 307, 5), (512, 153, 9), (256, 76, 15))]
+    return rows + [compare_svd(1024, 307, 7), compare_svd(512, 153, 15)]
 
 
+# ------------------------------------------------------------ whole processes
 def demo(runs=3):
     """`python air.py`, what `make demo` runs, as whole processes."""
     rows = []
     for _ in range(runs):
         with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, ROOT / "air.py", "--quiet",
+                       "--out", f"{folder}/out", "--json", f"{folder}/r.json"]
             start = time.perf_counter()
-            subprocess.run([sys.executable, ROOT / "air.py", "--out", f"{folder}/out", "--json", f"{folder}/r.json", "--quiet"],
-                           check=True, stdout=subprocess.DEVNULL)
-            wall, result = time.perf_counter() - start, json.loads(Path(folder, "r.json").read_text())
-            rows.append({"wall_s": wall, "peak_rss_bytes": result["peak_rss_bytes"], "seconds": result["seconds"]})
-    return {"what": "python air.py (the demo)", "wall_s": statistics.median(row["wall_s"] for row in rows),
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            wall = time.perf_counter() - start
+            result = read_json(Path(folder, "r.json"))
+        kept = "peak_rss_bytes", "seconds"
+        rows.append({"wall_s": wall} | {key: result[key] for key in kept})
+    return {"what": "python air.py (the demo)",
+            "wall_s": statistics.median(row["wall_s"] for row in rows),
             "peak_rss_bytes": max(row["peak_rss_bytes"] for row in rows), "runs": rows}
 
 
-def peak_anonymous(ckpt_path):
-    """Both sweeps over 2 windows of 128 in this process; prints the peak of its anonymous memory above the start's, in bytes.
+def anonymous(process="self"):
+    """Bytes of a process's resident memory that are no file's, as a mapped checkpoint's are.
 
-    The mapped checkpoint is page cache and does not count. Linux only: it reads /proc/self/status.
+    Linux only.
     """
-    def anonymous():
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
-    peak, running = [0], True
+    with open(f"/proc/{process}/status") as f:
+        line = next(line for line in f if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+
+# Memory that is freed goes back to the system, so that a peak is what was in use.
+TRIMMED = os.environ | {"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def peak_anonymous(folder):
+    """Both sweeps over 2 windows of 128 in this process -> the peak of its anonymous memory
+    above the start's, in bytes."""
+    ckpt = Checkpoint(folder)
+    base = anonymous()
+    peak = [base]
+    done = threading.Event()
 
     def watch():
-        while running:
+        while not done.wait(0.002):
             peak[0] = max(peak[0], anonymous())
-            time.sleep(0.002)
-    ckpt, base = Checkpoint(ckpt_path), anonymous()
     threading.Thread(target=watch, daemon=True).start()
-    windows, kept = torch.randint(ckpt.cfg.vocab, (2, 128)), {}
-    for _ in forward_sweep(ckpt, embed(ckpt, windows, torch.float32), CPU, keep=kept):
-        pass
-    g = start_gradient(ckpt, windows, kept.pop(ckpt.cfg.n_layers), CPU)
-    for _ in backward_sweep(ckpt, kept, g, CPU, gram=True):
-        pass
-    running = False
-    print(peak[0] - base)
+    windows = torch.randint(ckpt.cfg.vocab, (2, 128))
+    backward(ckpt, windows, block_inputs(ckpt, windows), gram=True)
+    done.set()
+    return peak[0] - base
+
+
+def write_random(folder, config):
+    """A random bf16 checkpoint; returns the parameters of its blocks."""
+    with torch.device("meta"):
+        dense = Llama(parse_config(config)).state_dict()
+    shapes = {name: w.shape for name, w in dense.items()}
+    state = {name: 0.02 * torch.randn(shape, dtype=torch.bfloat16)
+             for name, shape in shapes.items()}
+    save_file(state, Path(folder, "model.safetensors"))
+    write_json(Path(folder, "config.json"), config)
+    return sum(w.numel() for name, w in state.items() if ".layers." in name)
 
 
 def memory():
-    """Peak memory of both sweeps for 4, 8 and 16 layers of one shape (dim 1024, hidden 2816, bf16 on disk, fp32 in memory)."""
+    """Peak memory of both sweeps for 4, 8 and 16 layers of one shape: dim 1024, hidden 2816,
+    bf16 on disk, fp32 in memory."""
     rows = []
     for layers in (4, 8, 16):
-        config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 2816,
-                  "num_hidden_layers": layers, "num_attention_heads": 16, "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
+        config = shape(1024, 2816, layers, 16, 16, vocab_size=1024, max_position_embeddings=256)
         with tempfile.TemporaryDirectory() as folder:
-            with torch.device("meta"):
-                shapes = {name: w.shape for name, w in Llama(parse_config(config)).state_dict().items()}
-            save_file({name: torch.randn(shape, dtype=torch.bfloat16) * 0.02 for name, shape in shapes.items()}, f"{folder}/model.safetensors")
-            Path(folder, "config.json").write_text(json.dumps(config))
-            done = subprocess.run([sys.executable, __file__, "--peak", folder], check=True, capture_output=True, text=True,
-                                  env=os.environ | {"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "65536"})
-        blocks = sum(shape.numel() for name, shape in shapes.items() if ".layers." in name)
-        rows.append({"layers": layers, "block_weights_bytes_fp32": 4 * blocks, "kept_inputs_bytes": 4 * (layers + 1) * 2 * 128 * 1024,
-                     "peak_anonymous_bytes": int(done.stdout)})
+            parameters = write_random(folder, config)
+            command = [sys.executable, Path(__file__).resolve(), "--peak", folder]
+            run = subprocess.run(command, check=True, capture_output=True, text=True,
+                                 env=TRIMMED)
+        rows.append({"layers": layers, "block_weights_bytes_fp32": 4 * parameters,
+                     "kept_inputs_bytes": 4 * (layers + 1) * 2 * 128 * 1024,
+                     "peak_anonymous_bytes": int(run.stdout)})
     return rows
+
+
+def shown(row):
+    """A row without its lists, numbers to four digits."""
+    short = {key: x for key, x in row.items() if not isinstance(x, list)}
+    digits = {key: float(f"{x:.4g}") for key, x in short.items() if isinstance(x, float)}
+    return json.dumps(short | digits)
 
 
 def main():
     if sys.argv[1:2] == ["--peak"]:
-        return peak_anonymous(sys.argv[2])
-    wanted = sys.argv[1:] or ["sweep", "als", "demo", "memory"]
+        print(peak_anonymous(sys.argv[2]))
+        return
+    parts = {"sweep": sweep, "als": als, "demo": demo, "memory": memory}
     path = ROOT / "experiments" / "results" / "speed.json"
-    result = json.loads(path.read_text()) if path.exists() else {}
-    machine = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "torch": torch.__version__,
-               "threads": torch.get_num_threads(), "cores": os.cpu_count(), "machine": platform.machine()}
-    for name in wanted:
-        result[name] = {"machine": machine, "result": {"sweep": sweep, "als": als, "demo": demo, "memory": memory}[name]()}
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        rows = result[name]["result"]
-        for row in rows if isinstance(rows, list) else [rows]:
-            shown = {k: (float(f"{v:.4g}") if isinstance(v, float) else v) for k, v in row.items() if not isinstance(v, list)}
-            print(name, json.dumps(shown), flush=True)
+    result = read_json(path) if path.exists() else {}
+    machine = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(),
+               "torch": torch.__version__, "threads": torch.get_num_threads(),
+               "cores": os.cpu_count(), "machine": platform.machine()}
+    for name in sys.argv[1:] or parts:
+        rows = parts[name]()
+        result[name] = {"machine": machine, "result": rows}
+        write_json(path, result)
+        listed = rows if isinstance(rows, list) else [rows]
+        for row in listed:
+            print(name, shown(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,11 @@ def shards(folder):
             return [folder / name]
         index = folder / (name + ".index.json")
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            where = read_json(index).get("weight_map")
+            if not where or not isinstance(where, dict):
+                raise InputError(f"{index} has no weight_map that names its shards; "
+                                 "copy it again from where it came")
+            names = sorted(set(where.values()))
             missing = [file for file in names if not (folder / file).is_file()]
             if missing:
                 raise InputError(f"{index.name} names {missing[0]}, which is not in "
@@ -270,7 +274,8 @@ class Checkpoint:
     def fingerprint(self):
         """SHA-256 (hex) that tells one checkpoint from another.
 
-        Over config.json and of every tensor its name, shape, dtype and both ends.
+        Over config.json and of every tensor its name, shape, dtype and its first and last
+        2,048 numbers: a change between them goes unnoticed.
         """
         digest = hashlib.sha256(json.dumps(self.raw, sort_keys=True).encode())
         for name in self.names:

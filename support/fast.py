@@ -21,7 +21,7 @@ def truncated_svd(W, k, outliers=32, iterations=4):
     """
     m, n = W.shape
     if m < n:
-        U, sigma, Vh = truncated_svd(W.T, k)
+        U, sigma, Vh = truncated_svd(W.T, k, outliers, iterations)
         return Vh.T, sigma, U.T
     A, V = huge_directions(W, k, outliers, iterations)
     p = V.shape[1]
@@ -51,7 +51,7 @@ def huge_directions(W, k, outliers, iterations):
         V = torch.linalg.qr(product).Q
     A = W @ V
     energy, R = torch.linalg.eigh(A.T @ A)
-    R = R[:, energy > 8 * energy[0]][:, :k]                 # converged to 8^-iterations
+    R = R[:, energy > 8 * energy[0]][:, -k:]                 # converged to 8^-iterations
     return A @ R, V @ R
 
 
@@ -70,7 +70,7 @@ BLOCK = 8           # ranks that share one pass over the large matrices
 
 
 def als_sweep(Wp, P, U, sigma, Vh, ranks):
-    """Algorithm 1, lines 4-9, as air.als_sweep, a third of the passes over m×n matrices.
+    """Algorithm 1, lines 3-9, as air.als_sweep, a third of the passes over m×n matrices.
 
     With a = σu and the weighted residual M = P ⊙ (W' − UΣVᵀ), E_r = residual + a vᵀ turns
     Eq. 5 into v + (aᵀM)/((a²)ᵀP) and Eq. 6 into a + (M'v)/(Pv²), M' being M after the
@@ -92,7 +92,7 @@ def update_block(M, P, A, V, ranks):
     """Update the columns `ranks` of A (m, k) = Uσ and rows of V (k, n), one by one.
 
     This and M's update are in place. M stays as it was at the start of the block. What
-    ranks s already updated have changed in it, P ⊙ Σ(a'vᵀ' − avᵀ), enters through
+    ranks s already updated have changed in it, P ⊙ Σ(a'v'ᵀ − avᵀ), enters through
     products with P alone: aᵀ(P ⊙ a_s v_sᵀ) = ((a ∘ a_s)ᵀP) ∘ v_s and (P ⊙ a_s v_sᵀ)v =
     a_s ∘ (P(v_s ∘ v)), several of them in one pass over P.
     """
@@ -100,6 +100,7 @@ def update_block(M, P, A, V, ranks):
     b = len(ranks)
     a = A[:, ranks].T.contiguous()                          # (b, m): before
     v = V[ranks]                                            # (b, n)
+    alive = (a != 0).any(dim=1).to(a.dtype)                 # a component of σ = 0 stays 0
     a_new = torch.empty_like(a)                             # after
     v_new = torch.empty_like(v)
     later, s = torch.tril_indices(b, b)
@@ -114,12 +115,11 @@ def update_block(M, P, A, V, ranks):
         Pv = P @ (both * v_new[j]).T                        # (m, 2j + 2)
         after, before = Pv.split(j + 1, dim=1)
         # M'v is Mv less what the ranks before this one changed, and its own step in v.
-        change = (a_new[:j].T * after[:, :j]).sum(1)
-        change = change - (a[:j].T * before[:, :j]).sum(1)
+        change = (a_new[:j].T * after[:, :j] - a[:j].T * before[:, :j]).sum(1)
         own = a[j] * (after[:, j] - before[:, j])
         step = M @ v_new[j] - change - own
         # Eq. 6: ũ = a + (M'v) / (P v²)
-        a_new[j] = a[j] + step / after[:, j].clamp_min(tiny)
+        a_new[j] = alive[j] * (a[j] + step / after[:, j].clamp_min(tiny))
         # What this rank's step changes for the ranks of the block that are still to come.
         if j + 1 < b:
             now = (a[j + 1:] * a_new[j]) @ P

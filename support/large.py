@@ -143,8 +143,8 @@ class Kept:
     folder (--stats): statistics are kept there, with the gradient between two blocks, and
     a later run of the same checkpoint, text, dtype and code goes on from them, whatever
     its rate, method, signal or δ. spill (--spill): block inputs go there instead of to
-    memory. Several processes divide the windows. Without any of these the numbers are
-    air.statistics' bit by bit.
+    memory. Several processes divide the windows. In one process the numbers are those of
+    air.statistics bit by bit; of several, to rounding. An object serves one sweep.
     """
 
     def __init__(self, folder=None, spill=None):

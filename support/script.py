@@ -90,11 +90,13 @@ def free_bytes(device):
 
 
 def check_writable(path):
-    """Raise InputError, before any work, for a file that its end could not write."""
+    """Raise InputError, before any work, for a file that could not be written later."""
     if path is None:
         return
     path = Path(path).resolve()
-    where = path if path.exists() else path.parent
+    # A file is written beside its place and moved there; a device is written to.
+    device = path.exists() and not path.is_file() and not path.is_dir()
+    where = path if device else path.parent
     if path.is_dir() or not os.access(where, os.W_OK):
         raise InputError(f"cannot write {path}; expected a file name in a folder that "
                          "exists and can be written")
@@ -163,14 +165,24 @@ def write_whole(path, text):
     """Write a text file so that it is there whole or not at all."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8")
+    with open(partial, "w", encoding="utf-8") as f:
+        f.write(text)
+        # On disk before its name is: a power cut leaves the old file or the new one.
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(partial, path)
 
 
 def write_json(path, values):
-    """Write {key: value} to `path` as JSON; no path, no file."""
-    if path:
-        write_whole(path, json.dumps(finite(values), indent=1) + "\n")
+    """Write {key: value} to `path` as JSON, /dev/stdout and its like too; None: no file."""
+    if path is None:
+        return
+    text = json.dumps(finite(values), indent=1) + "\n"
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        target.write_text(text, "utf-8")
+    else:
+        write_whole(target, text)
 
 
 def sha256(path):

@@ -106,7 +106,7 @@ def test_delta_zero_and_uniform_influence_equal_svdllm():
     for other in (
         A.air(W, S, I, 4, delta=0.0),
         A.air(W, S, torch.ones_like(I), 4, delta=2.0),
-        A.air(W, S, I, 4, sweeps=()),
+        A.air(W, S, I, 4, orders=()),
     ):
         assert distance(other[0] @ other[1], U @ V) < 1e-10
     assert distance(A.air(W, S, I, 4)[0] @ A.air(W, S, I, 4)[1], U @ V) > 1e-2          # and with influence it moves
@@ -155,7 +155,7 @@ def test_sweep_equals_regressions_one_number_at_a_time(order):
     assert distance(Uk @ Vk @ S, (U * sigma) @ Vh) < 1e-9                    # and air() does it in this order
     if order == "backward":
         assert distance(A.air(W, S, I, 8)[0], Uk) == 0
-        assert distance(A.air(W, S, I, 8, sweeps=("forward",))[0], Uk) > 1e-3
+        assert distance(A.air(W, S, I, 8, orders=("forward",))[0], Uk) > 1e-3
     assert losses[1] == pytest.approx(A.objective(Wp, P, *start)) and losses[2] == pytest.approx(
         A.objective(Wp, P, U, sigma, Vh)
     )

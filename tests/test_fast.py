@@ -90,3 +90,18 @@ def test_air_on_a_wide_layer_is_the_same_either_way(monkeypatch, device):
         assert losses[2] < losses[1]
         products.append((U @ V).cpu())
     assert distance(products[1], products[0]) < 1e-4
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_components_that_are_not_there_stay_away_either_way(rank):
+    """W' of rank 3 and of rank 0, k = 10: Eq. 5 would divide by σ = 0; both forms leave these components out."""
+    g = torch.Generator().manual_seed(1)
+    Wp = torch.randn(20, rank, generator=g).double() @ torch.randn(rank, 16, generator=g).double()
+    P = 1 + torch.rand(20, 16, generator=g).double()
+    U, sigma, Vh = air.truncated_svd(Wp, 10)
+    sigma[rank:] = 0
+    for ranks in (range(9, -1, -1), range(10)):
+        expected, got = (sweep(Wp, P, U, sigma, Vh, ranks) for sweep in (air.als_sweep, fast.als_sweep))
+        assert torch.equal(expected[1] == 0, got[1] == 0) and (got[1] == 0).sum() == 10 - rank
+        products = [(u * s) @ v for u, s, v in (expected, got)]
+        assert torch.allclose(*products, atol=1e-12)

@@ -1,4 +1,4 @@
-"""generate.py: every cached path against the uncached model, the bytes of the cache, the drawing of tokens, the command."""
+"""generate.py: every cached path against the uncached model, bytes of the cache, the drawing of tokens, the command."""
 import itertools
 import math
 import sys
@@ -9,20 +9,13 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate as G
-from support import fast
 from conftest import ROOT, TINY, script, write_checkpoint
+from experiments import fig4, table9, table11
+from experiments.shapes import SHAPES, at_rate, random_model
+from model import LAYERS, Llama, LowRank
+from support import fast
 from support.checkpoint import Checkpoint, parse_config
 from support.script import InputError
-from model import Llama
-
-sys.path.insert(0, str(ROOT / "experiments"))
-import fig4                                             # noqa: E402
-import table9                                           # noqa: E402
-import table11                                          # noqa: E402
-from shapes import SHAPES, at_rate, random_model        # noqa: E402
-
-LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-          "mlp.down_proj")
 
 
 def ranks(*k, layers=LAYERS):
@@ -39,10 +32,11 @@ CASES = {   # 4 heads of 8 in all of them
     "one kv head low-rank": dict(TINY, num_key_value_heads=1, **LOW),
     "biases": dict(TINY, architectures=["Qwen2ForCausalLM"], model_type="qwen2"),
     "biases low-rank": dict(TINY, architectures=["Qwen2ForCausalLM"], model_type="qwen2", **LOW),
-    "biases everywhere, wide heads, low-rank": dict(TINY, num_key_value_heads=4, head_dim=12, attention_bias=True, mlp_bias=True,
-                                                    **LOW),
+    "biases everywhere, wide heads, low-rank": dict(
+        TINY, num_key_value_heads=4, head_dim=12, attention_bias=True, mlp_bias=True, **LOW),
     "values whose rank saves nothing": dict(TINY, **ranks(9, 7, 18, 10, 13, 11, 12)),
-    "some layers dense, tied": dict(TINY, tie_word_embeddings=True, **ranks(6, 12, layers=("self_attn.v_proj", "mlp.up_proj"))),
+    "some layers dense, tied": dict(
+        TINY, tie_word_embeddings=True, **ranks(6, 12, layers=("self_attn.v_proj", "mlp.up_proj"))),
 }
 PROMPTS = {"equal": (6, 6, 6), "unequal": (9, 1, 4), "one token": (1,)}
 STEPS = 7
@@ -60,7 +54,7 @@ def case(request, tmp_path_factory):
 
 
 def follow(decoder, ids, lengths, each=None):
-    """Prefill the first `lengths` ids of each row, then step through the rest; yields (row, position, logits (vocab,))."""
+    """Prefill the first `lengths` ids of each row, then step through the rest; yields (row, position, logits)."""
     logits = decoder.prefill([row[:n].tolist() for row, n in zip(ids, lengths)], STEPS)
     for i in range(STEPS):
         for b, n in enumerate(lengths):
@@ -77,18 +71,63 @@ def test_cached_logits_equal_the_uncached_models(case, prompts, monkeypatch):
     """At every step, with every combination of O1, O2, O3 and fused projections, the prompt in one piece or in many."""
     model, rows = case
     ids, expected = rows[prompts]
-    for (o1, o2, o3, fuse), chunk in itertools.product(SWITCHES, (2048, 6)):           # 6: pieces of 2 columns for 3 prompts
+    for (o1, o2, o3, fuse), chunk in itertools.product(SWITCHES, (2048, 6)):    # 6: pieces of 2 columns for 3 prompts
         monkeypatch.setattr(G, "CHUNK", chunk)
         decoder = G.Decoder(model, o1, o2, o3, fuse)
         for b, t, logits in follow(decoder, ids, PROMPTS[prompts]):
             assert (logits - expected[b][t]).abs().max() < 1e-4, (o1, o2, o3, fuse, chunk, b, t)
-    assert torch.equal(model(ids[0][None])[0], expected[0])                             # taken over, and still the same model
-    own = {w.untyped_storage().data_ptr() for w in model.parameters()}                  # and held once
-    assert all(part.U is None or part.U.untyped_storage().data_ptr() in own for part in decoder.parts)
+    assert torch.equal(model(ids[0][None])[0], expected[0])                 # taken over, and still the same model
+    own = {w.untyped_storage().data_ptr() for w in model.parameters()}      # and held once
+    assert all(block.U is None or block.U.untyped_storage().data_ptr() in own for block in decoder.blocks)
+    shared = [matrix for block in decoder.blocks for layers in (block.qkv, block.o, block.gate_up, block.down)
+              for matrix in (*layers.V, *layers.U) if matrix is not None]
+    assert {matrix.w.untyped_storage().data_ptr() for matrix in (*shared, decoder.head)} <= own
+
+
+def test_tied_embeddings_are_held_once(tmp_path):
+    """A Matrix moves what it stores: the embedding has to move with lm_head, or the largest matrix is there twice."""
+    config = CASES["some layers dense, tied"]
+    model = Checkpoint(write_checkpoint(tmp_path / "tied", config)).model()
+    ids = torch.arange(2, 2 + STEPS + 4)
+    expected = model(ids[None])[0]
+    decoder = G.Decoder(model)
+    stored = decoder.head.w.untyped_storage()
+    for w in (model.model.embed_tokens.weight, model.lm_head.weight, decoder.embedding):
+        assert w.untyped_storage().data_ptr() == stored.data_ptr()
+    # A few columns at most pad the slices of the threads.
+    assert stored.nbytes() < (config["vocab_size"] + torch.get_num_threads()) * config["hidden_size"] * 4
+    for _, t, logits in follow(decoder, [ids], [4]):
+        assert (logits - expected[t]).abs().max() < 1e-4
+    assert torch.allclose(model(ids[None])[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("G_kv, heads", [(1, 4), (2, 3), (4, 1)])
+def test_eq_28_is_attention_over_the_expanded_values(G_kv, heads, biased, masked):
+    """U_k after the sum over V_kᵀx against ordinary softmax attention over U_k V_kᵀx + b, query by query, in fp64."""
+    B, S, D, r = 3, 11, 6, 5
+    g = torch.Generator().manual_seed(G_kv)
+    q, k, Vx, U = (torch.randn(*shape, generator=g, dtype=torch.float64)
+                   for shape in ((B, G_kv, heads, D), (B, G_kv, S, D), (B, 1, S, r), (G_kv, r, D)))
+    bias = torch.randn(G_kv * D, generator=g, dtype=torch.float64) if biased else None
+    mask = None
+    if masked:      # as the decoder's: a row's columns; one always stays
+        hidden = torch.rand(B, 1, 1, S, generator=g) < 0.5
+        hidden[..., -1] = False
+        mask = torch.zeros(B, 1, 1, S, dtype=torch.float64).masked_fill_(hidden, -math.inf).repeat(1, 1, heads, 1)
+    got = G.low_rank_attention(q, k, Vx, U, bias, mask)
+    assert got.shape == q.shape and got.dtype == q.dtype
+    for b, kv, head in itertools.product(range(B), range(G_kv), range(heads)):
+        v = Vx[b, 0] @ U[kv] + (0 if bias is None else bias[kv * D:(kv + 1) * D])          # (S, D)
+        scores = [sum(q[b, kv, head] * k[b, kv, t]).item() / math.sqrt(D) for t in range(S)]
+        weights = [math.exp(x) * (mask is None or mask[b, 0, head, t].item() == 0) for t, x in enumerate(scores)]
+        expected = sum(a * v[t] for t, a in enumerate(weights)) / sum(weights)
+        assert (got[b, kv, head] - expected).abs().max() < 1e-12, (b, kv, head)
 
 
 def test_a_captured_step_is_the_same_step(case):
-    """What a CUDA graph records: fixed shapes, all columns of the buffer, those not yet written masked. Run here on the CPU."""
+    """What a CUDA graph records: fixed shapes, all columns, those not yet written masked. Run here on the CPU."""
     model, rows = case
     for prompts, lengths in PROMPTS.items():
         decoder = G.Decoder(model)
@@ -118,7 +157,7 @@ def test_greedy_tokens_are_the_uncached_models(case):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_graph_replays_the_eager_steps(case, monkeypatch):
     model, rows = case
-    monkeypatch.setattr(G, "SPAN", 4)                                                   # several captures, several replays
+    monkeypatch.setattr(fast, "SPAN", 4)                                    # several captures, several replays
     model = Llama(model.cfg).requires_grad_(False).eval()
     model.load_state_dict(case[0].state_dict())
     model = model.cuda()
@@ -128,12 +167,13 @@ def test_graph_replays_the_eager_steps(case, monkeypatch):
             assert (logits.cpu() - expected[b][t]).abs().max() < 1e-3
         start = [row[:n].tolist() for row, n in zip(ids, lengths)]
         for sampling in (dict(temperature=0), dict(top_k=8, top_p=0.9, penalty=1.2, seed=5)):
-            a, b = (list(G.generate(G.Decoder(model, graph=graph), start, STEPS, **sampling)) for graph in (True, False))
+            a, b = (list(G.generate(G.Decoder(model, graph=graph), start, STEPS, **sampling))
+                    for graph in (True, False))
             assert a == b
 
 
 def test_cache_holds_exactly_keys_and_ranks(case):
-    """(n_kv·d_h + r_v) numbers a token and layer, or 2·n_kv·d_h where the values are not low-rank or their rank saves nothing."""
+    """(n_kv·d_h + r_v) numbers a token and layer; 2·n_kv·d_h where no values are low-rank or the rank saves nothing."""
     cfg, model = case[0].cfg, case[0]
     full = cfg.n_kv_heads * cfg.head_dim
     for o2, o3, dtype in itertools.product((True, False), (True, False), (torch.float32, torch.bfloat16)):
@@ -141,14 +181,14 @@ def test_cache_holds_exactly_keys_and_ranks(case):
         half.load_state_dict(model.state_dict())
         decoder = G.Decoder(half.to(dtype), o2=o2, o3=o3)
         decoder.prefill([[1, 2, 3], [4, 5]], 6)
-        columns = 9 if o3 else 3                                                        # allocated at once, or as far as grown
+        columns = 9 if o3 else 3                                            # allocated at once, or as far as grown
         r = cfg.ranks.get("model.layers.0.self_attn.v_proj", full)
         for k, v in zip(decoder.cache.k, decoder.cache.v):
             assert k.nbytes == 2 * columns * full * dtype.itemsize
             assert v.nbytes == 2 * columns * (min(r, full) if o2 else full) * dtype.itemsize
             assert k.untyped_storage().nbytes() == k.nbytes and v.untyped_storage().nbytes() == v.nbytes
         if o3:
-            assert decoder.cache.bytes() == G.estimate(cfg, 2, 3, 9, dtype.itemsize, o2=o2)[0]
+            assert decoder.cache.bytes() == G.estimate(cfg, (2, 3, 9), dtype, o2=o2)[0]
 
 
 def test_a_padded_row_caches_what_it_caches_alone(case):
@@ -194,13 +234,13 @@ def test_prefill_memory_is_linear_and_decoding_expands_no_cache():
         decoder.step(torch.ones(8, dtype=torch.long))
     cache = {t.numel() for t in decoder.cache.k + decoder.cache.v}
     others = [n for n in sizes.seen if n not in cache]
-    assert max(others) <= 8 * 4 * 1025                                                  # the scores; expanded keys: 8 times that
+    assert max(others) <= 8 * 4 * 1025                                      # the scores; expanded keys: 8 times that
 
 
 def test_a_stored_matrix_multiplies_as_linear_does():
     for m, n in ((10, 7), (11, 7), (64, 33), (66, 33), (32, 5), (1, 1)):
         x, w = torch.randn(1, 1, n), torch.randn(m, n)
-        before, matrix = w.clone(), G.Matrix(w)
+        before, matrix = w.clone(), fast.Matrix(w)
         y, = matrix(x)
         assert torch.equal(w, before) and y.shape == (1, 1, m)
         assert w.untyped_storage().data_ptr() == matrix.w.untyped_storage().data_ptr()     # not held twice
@@ -209,7 +249,7 @@ def test_a_stored_matrix_multiplies_as_linear_does():
             x = torch.randn(2, rows // 2, n)
             assert torch.allclose(matrix(x)[0], F.linear(x, before), atol=1e-5)
     x, parts = torch.randn(1, 1, 33), [torch.randn(m, 33) for m in (11, 64, 2)]
-    for y, w in zip(G.Matrix(*parts)(x), parts, strict=True):
+    for y, w in zip(fast.Matrix(*parts)(x), parts, strict=True):
         assert torch.allclose(y, F.linear(x, w), atol=1e-5)
 
 
@@ -218,10 +258,11 @@ def test_alignment_changes_no_logit(case):
     model, rows = case
     padded = Llama(model.cfg).requires_grad_(False)
     padded.load_state_dict(model.state_dict())
+    fast.align(padded)
     for name, layer in padded.named_modules():
-        if isinstance(layer, G.LowRank) and not name.endswith("v_proj"):
-            G.align(layer)
-            assert layer.U.weight.shape[1] == len(layer.V.weight) and len(layer.V.weight) % 8 == 0
+        if isinstance(layer, LowRank):
+            k = model.cfg.ranks[name]
+            assert layer.U.weight.shape[1] == len(layer.V.weight) == (k if name.endswith("v_proj") else -(-k // 8) * 8)
     ids, expected = rows["unequal"]
     for b, t, logits in follow(G.Decoder(padded), ids, PROMPTS["unequal"]):
         assert (logits - expected[b][t]).abs().max() < 1e-4
@@ -250,10 +291,10 @@ def test_filters():
 
 @pytest.mark.parametrize("temperature,top_k,top_p", [(1.0, 0, 1.0), (0.7, 8, 1.0), (1.3, 0, 0.8)])
 def test_draws_follow_the_filtered_distribution(tiny, temperature, top_k, top_p):
-    """Chi-squared over 20,000 draws; cells below 5 expected draws are joined. Bound: mean + 4 standard deviations of χ²."""
+    """Chi-squared over 20,000 draws; cells below 5 expected draws are joined. Bound: mean + 4 deviations of χ²."""
     logits = Checkpoint(tiny).model()(torch.tensor([[1, 2]]))[0, -1]
     probs, counts = G.filtered(logits, temperature, top_k, top_p), torch.zeros(64)
-    sampler = G.Sampler([[0]] * 20, 64, 1000, "cpu", temperature, top_k, top_p, seed=1)
+    sampler = G.Sampler([[0]] * 20, 64, 1000, "cpu", G.Sampling(temperature, top_k, top_p, seed=1))
     for _ in range(1000):
         counts += torch.bincount(sampler(logits.expand(20, 64)), minlength=64)
     assert counts.sum() == 20000 and counts[probs == 0].sum() == 0
@@ -267,7 +308,7 @@ def test_draws_follow_the_filtered_distribution(tiny, temperature, top_k, top_p)
 
 def test_repetition_penalty_by_hand():
     logits = torch.tensor([[2.0, 1.9, -1.0, -1.1], [2.0, 1.9, -1.0, -1.1]])
-    sampler = G.Sampler([[0, 2], [3]], 4, 3, "cpu", temperature=0, penalty=2.0)
+    sampler = G.Sampler([[0, 2], [3]], 4, 3, "cpu", G.Sampling(temperature=0, penalty=2.0))
     assert sampler(logits).tolist() == [1, 0]                   # row 0: 1, 1.9, -2, -1.1; row 1: 2, 1.9, -1, -2.2
     assert sampler(logits).tolist() == [0, 1]                   # row 0: 1, 0.95, -2, -1.1; row 1: 1, 1.9, -1, -2.2
     assert sampler(-logits).tolist() == [3, 2]                  # row 0: -4, -3.8, 0.5, 1.1; row 1: -4, -3.8, 1, 0.55
@@ -290,7 +331,8 @@ def test_rows_end_at_eos_at_the_context_and_at_a_stop(tiny):
     assert list(G.generate(G.Decoder(model), [[1]], 20, temperature=0, eos={tokens[0]})) == []
     assert len(one(model, [1] * 60, 20)) == 4                                           # context 64
     rows = list(zip(*G.generate(G.Decoder(model), [[1] * 60, [1]], 20, temperature=0, eos={eos})))
-    assert sum(t is not None for t in rows[0]) <= 4 and [t for t in rows[1] if t is not None] == tokens[:tokens.index(eos)]
+    assert sum(t is not None for t in rows[0]) <= 4
+    assert [t for t in rows[1] if t is not None] == tokens[:tokens.index(eos)]
     assert all(later is None for row in rows for now, later in zip(row, row[1:]) if now is None)
     seen = []
     stop = lambda row, token: seen.append((row, token)) or len(seen) == 3
@@ -310,7 +352,7 @@ def test_prompts_that_do_not_fit(tiny, monkeypatch):
     for ids in ([], [1] * 64):
         with pytest.raises(InputError, match="expected 1 to 63"):
             decoder.prefill([[1], ids], 5)
-    need = sum(G.estimate(decoder.cfg, 3, 5, 15, 4))
+    need = sum(G.estimate(decoder.cfg, (3, 5, 15), torch.float32))
     monkeypatch.setattr(G, "free_bytes", lambda device: need - 1)
     with pytest.raises(InputError, match=r"3 x 15 tokens need about 0\.\d+ GB"):
         decoder.prefill([[1] * 5] * 3, 10)
@@ -323,7 +365,8 @@ def test_prompts_that_do_not_fit(tiny, monkeypatch):
 
 def command(monkeypatch, capsys, *arguments):
     """generate.main() in this process -> (stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["generate.py", "--ckpt", str(ROOT / "demo"), "--device", "cpu", *map(str, arguments)])
+    own = "--ckpt", ROOT / "demo", "--device", "cpu"
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, (*own, *arguments))])
     capsys.readouterr()
     G.main()
     return capsys.readouterr()
@@ -332,10 +375,12 @@ def command(monkeypatch, capsys, *arguments):
 def test_command_stops_counts_and_batches(monkeypatch, capsys, tmp_path):
     run = lambda *arguments: command(monkeypatch, capsys, *arguments)
     whole, err = run("--prompt", "def read(self", "--temperature", 0, "--max-new-tokens", 24, "--stats")
-    assert whole.startswith("def read(self") and all(x in err for x in ("24 tokens", "tokens/s after the first", "cache of 1 x"))
+    assert whole.startswith("def read(self")
+    assert all(x in err for x in ("24 tokens", "tokens/s after the first", "cache of 1 x"))
     more = whole[len("def read(self"):-1]
     stop = more[8:11]
-    cut = run("--prompt", "def read(self", "--temperature", 0, "--max-new-tokens", 24, "--stop", stop, "--stop", "\0")[0]
+    cut = run("--prompt", "def read(self", "--temperature", 0, "--max-new-tokens", 24,
+              "--stop", stop, "--stop", "\0")[0]
     assert cut == "def read(self" + more[:more.index(stop)] + "\n"
     for off in ("o1", "o2", "o3", "fuse", "graph"):
         assert run("--prompt", "def read(self", "--temperature", 0, "--max-new-tokens", 24, "--off", off)[0] == whole
@@ -348,10 +393,15 @@ def test_command_stops_counts_and_batches(monkeypatch, capsys, tmp_path):
 
 def test_bad_options(monkeypatch, capsys, tmp_path):
     (tmp_path / "none.txt").write_text("\n\n")
-    for *arguments, said in (("--temperature", -1, "expected 0 or more"), ("--repetition-penalty", 0, "expected above 0"),
-                             ("--prompt", "", "the prompt is empty"), ("--prompt-file", tmp_path / "none.txt", "has no prompt"),
-                             ("--prompt-file", tmp_path / "absent.txt", "cannot be read"), ("--stop", "", "expected some text"),
-                             ("--prompt", "x " * 600, "below the model's"), ("--max-new-tokens", 0, "expected 1 or more")):
+    for *arguments, said in (
+            ("--temperature", -1, "expected 0 or more"),
+            ("--repetition-penalty", 0, "expected above 0"),
+            ("--prompt", "", "the prompt is empty"),
+            ("--prompt-file", tmp_path / "none.txt", "has no prompt"),
+            ("--prompt-file", tmp_path / "absent.txt", "cannot be read"),
+            ("--stop", "", "expected some text"),
+            ("--prompt", "x " * 600, "below the model's"),
+            ("--max-new-tokens", 0, "expected 1 or more")):
         with pytest.raises(InputError, match=said):
             command(monkeypatch, capsys, *arguments)
 
@@ -393,10 +443,10 @@ def test_flops_are_those_of_the_operations(rate, monkeypatch):
 
 def test_a_row_of_the_tables(capfd):
     low = at_rate(SHAPES["demo"], 0.6)
-    spec = dict(what="compressed", shape="demo", device="cpu", dtype="float32", batch=2, prompt=5, new_tokens=8, length=13,
-                budget_gb=1, switches=fig4.ALL, config=low, round=0, rate=0.6, eos="off")
+    spec = dict(what="compressed", shape="demo", device="cpu", dtype="float32", batch=2, prompt=5, new_tokens=8,
+                length=13, budget_gb=1, switches=fig4.ALL, config=low, round=0, rate=0.6, eos="off")
     row = table11.run_row(spec)
-    assert row["cache_bytes"] == G.estimate(parse_config(low), 2, 5, 13, 4)[0]
+    assert row["cache_bytes"] == G.estimate(parse_config(low), (2, 5, 13), torch.float32)[0]
     assert 4 * table9.parameters(low) == row["weight_bytes"] < row["peak_bytes"] < row["weight_bytes"] + 3e8
     base = table11.run_row(spec | dict(what="growing", budget_gb=0.01, config=SHAPES["demo"]))    # not run
     assert base["oom"] and fig4.ratio([row, base], 2, 13, "us_per_token", "growing") == "B-OOM"
