@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import air
+import influence
 from conftest import ROOT, SHARED, distance, script, write_checkpoint
 from model import LAYERS, READS
 from support.checkpoint import Checkpoint
@@ -173,6 +174,28 @@ def test_statistics_are_used_again(job, tmp_path, air_py):
     assert refused.returncode == 2 and "another checkpoint" in refused.stderr
 
 
+def test_json_goes_to_a_device_too(job, tmp_path):
+    """/dev/stdout is written to, not replaced; a link's file is written, and the link stays."""
+    _, arguments, _ = job
+    done = script("air", *arguments, "--quiet", "--json", "/dev/stdout")
+    assert done.returncode == 0, done.stderr
+    assert KEYS <= json.loads(done.stdout[done.stdout.index("{"):]).keys()
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    assert script("air", *arguments, "--overwrite", "--json", tmp_path / "link.json").returncode == 0
+    assert (tmp_path / "link.json").is_symlink() and KEYS <= json.loads((tmp_path / "real.json").read_text()).keys()
+
+
+def test_a_signal_of_the_forward_pass_keeps_the_weights_dtype(job, monkeypatch, air_py, tmp_path):
+    """Wanda's |W|·‖x‖ as one line of SIGNALS, as README says: ΣXXᵀ is fp64, the sweep stays fp32."""
+    wanda = influence.Signal(None, None, lambda W, gram: W.abs() * gram.diagonal().sqrt())
+    monkeypatch.setitem(influence.SIGNALS, "wanda", wanda)
+    _, arguments, out = job
+    done = air_py(*arguments, "--signal", "wanda", "--json", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    losses = json.loads((tmp_path / "r.json").read_text())["loss"]
+    assert all(after < before for _, before, after in losses.values())
+
+
 def test_layers_leaves_the_other_blocks_dense(job, air_py):
     ckpt, arguments, out = job
     assert air_py(*arguments, "--layers", "1:2").returncode == 0
@@ -305,6 +328,10 @@ BAD_CHECKPOINTS = {
     ),
     "kv heads text": (lambda c: edit(c, num_key_value_heads="2"), "no 'num_key_value_heads' above 0 (found '2')"),
     "half a layer": (lambda c: edit(c, num_hidden_layers=2.5), "no 'num_hidden_layers' above 0 (found 2.5)"),
+    "index without a map": (
+        lambda c: ((c / "model.safetensors").unlink(), (c / "model.safetensors.index.json").write_text("{}")),
+        "has no weight_map",
+    ),
     "missing shard": (
         lambda c: (
             (c / "model.safetensors").unlink(),
@@ -485,6 +512,8 @@ def test_overwrite_spares_the_neighbours(job, tmp_path, air_py):
     ]
     refused = air_py(*arguments, "--overwrite", "--stats", out / "stats")
     assert refused.returncode == 2 and "lies inside" in refused.stderr and (out / "config.json").exists()
+    refused = air_py(*arguments, "--overwrite", "--spill", out / "spill")
+    assert refused.returncode == 2 and "--spill" in refused.stderr and (out / "config.json").exists()
     refused = air_py(*arguments, "--overwrite", "--json", tmp_path / "new", "--out", tmp_path / "new")
     assert refused.returncode == 2 and "lies inside" in refused.stderr
     (tmp_path / "theirs").mkdir()
