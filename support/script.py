@@ -93,10 +93,10 @@ def check_writable(path):
     """Raise InputError, before any work, for a file that could not be written later."""
     if path is None:
         return
-    path = Path(path).resolve()
+    path = Path(path)
     # A file is written beside its place and moved there; a device is written to.
     device = path.exists() and not path.is_file() and not path.is_dir()
-    where = path if device else path.parent
+    where = path if device else path.resolve().parent
     if path.is_dir() or not os.access(where, os.W_OK):
         raise InputError(f"cannot write {path}; expected a file name in a folder that "
                          "exists and can be written")
@@ -178,11 +178,12 @@ def write_json(path, values):
     if path is None:
         return
     text = json.dumps(finite(values), indent=1) + "\n"
-    target = Path(path).resolve()
-    if target.exists() and not target.is_file():
-        target.write_text(text, "utf-8")
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        path.write_text(text, "utf-8")
     else:
-        write_whole(target, text)
+        # A link's file is written, and the link stays.
+        write_whole(path.resolve(), text)
 
 
 def sha256(path):
