@@ -204,6 +204,9 @@ class CachedBlock:
         self.l = l
         self.attention_norm = block.input_layernorm.weight
         self.mlp_norm = block.post_attention_layernorm.weight
+        # Qwen3 has a norm over each head of q and k.
+        norms = (att.q_norm.weight, att.k_norm.weight) if cfg.qk_norm else (None, None)
+        self.q_norm, self.k_norm = norms
         self.qkv = SharedInput(att.q_proj, att.k_proj, att.v_proj, fuse=fuse)
         self.o = SharedInput(att.o_proj)
         self.gate_up = SharedInput(mlp.gate_proj, mlp.up_proj, fuse=fuse)
@@ -235,6 +238,9 @@ class CachedBlock:
         q, k, v = self.qkv.inner(h)
         q = self.heads(self.qkv.outer(0, q))                            # (B, H, T, D)
         k = self.heads(self.qkv.outer(1, k))                            # (B, G, T, D)
+        if self.q_norm is not None:
+            q = self.rms_norm(q, self.q_norm)
+            k = self.rms_norm(k, self.k_norm)
         # O1: keys are cached rotated.
         if step.late_rotation is None:
             q, k = rotate(torch.cat((q, k), dim=1), step.rotation).split((H, G), dim=1)

@@ -1,7 +1,7 @@
 """A LLaMA-family transformer by hand: configuration, network, low-rank layers.
 
-Covers LLaMA 1/2/3/3.1, Vicuna, TinyLlama, Mistral and Qwen2.5. Layers carry the names
-of the Hugging Face checkpoints and RoPE is the half-split one, so a checkpoint loads
+Covers LLaMA 1/2/3/3.1, Vicuna, TinyLlama, Mistral, Qwen2.5 and Qwen3. Layers carry the
+names of the Hugging Face checkpoints and RoPE is the half-split one, so a checkpoint loads
 without renaming or permuting anything (support/checkpoint.py reads it).
 
 Shapes: B windows, T tokens, H heads, G kv heads, D head size, m out, n in, k rank.
@@ -32,6 +32,7 @@ class Config:
     rope_theta: float           # RoPE's base
     rope_scaling: dict = field(default_factory=lambda: {"rope_type": "default"})
     tied: bool = False          # lm_head shares the embedding's weight
+    qk_norm: bool = False       # Qwen3: an RMSNorm over each head of q and k
     biases: frozenset = frozenset()             # those of LAYERS that carry a bias
     ranks: dict = field(default_factory=dict)   # {layer: k} of the low-rank layers
 
@@ -149,6 +150,9 @@ class Block(nn.Module):
         att.k_proj = projection(cfg, l, "self_attn.k_proj", cfg.dim, kv)
         att.v_proj = projection(cfg, l, "self_attn.v_proj", cfg.dim, kv)
         att.o_proj = projection(cfg, l, "self_attn.o_proj", q, cfg.dim)
+        if cfg.qk_norm:
+            att.q_norm = nn.RMSNorm(cfg.head_dim)
+            att.k_norm = nn.RMSNorm(cfg.head_dim)
         self.post_attention_layernorm = nn.RMSNorm(cfg.dim)
         self.mlp = mlp = nn.Module()
         mlp.gate_proj = projection(cfg, l, "mlp.gate_proj", cfg.dim, cfg.hidden)
@@ -168,10 +172,13 @@ class Block(nn.Module):
     def attend(self, h, angles, ops):
         """Attention over the normed stream h (B, T, dim) -> (B, T, dim)."""
         att = self.self_attn
-        q = rotate(self.heads(ops.linear(att.q_proj, h)), angles)       # (B, H, T, D)
-        k = rotate(self.heads(ops.linear(att.k_proj, h)), angles)       # (B, G, T, D)
+        q = self.heads(ops.linear(att.q_proj, h))                       # (B, H, T, D)
+        k = self.heads(ops.linear(att.k_proj, h))                       # (B, G, T, D)
         v = self.heads(ops.linear(att.v_proj, h))                       # (B, G, T, D)
-        mixed = ops.attention(q, k, v)                                  # (B, H, T, D)
+        if self.cfg.qk_norm:
+            q = ops.norm(q, att.q_norm.weight, self.cfg.norm_eps)
+            k = ops.norm(k, att.k_norm.weight, self.cfg.norm_eps)
+        mixed = ops.attention(rotate(q, angles), rotate(k, angles), v)  # (B, H, T, D)
         mixed = mixed.transpose(1, 2).flatten(2)                        # (B, T, H·D)
         return ops.linear(att.o_proj, mixed)
 

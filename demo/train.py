@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import PLAIN, Llama, attention
-from support.checkpoint import parse_config
+from support.config import parse_config
 from support.texts import stdlib_rows
 
 CONFIG = {

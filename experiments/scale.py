@@ -33,7 +33,8 @@ from experiments.shapes import SHAPES
 from experiments.speed import TRIMMED, anonymous, apart, in_turn, ratio
 from model import Llama
 from support import fast
-from support.checkpoint import Checkpoint, parse_config
+from support.checkpoint import Checkpoint
+from support.config import parse_config
 from support.large import costs, machine_rates
 from support.script import ROOT, check_space, read_json, write_json
 

@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from air import rank_at
 from model import LAYERS, Block, Llama
-from support.checkpoint import parse_config
+from support.config import parse_config
 
 
 def shape(dim, hidden, layers, heads, kv_heads, **more):

@@ -28,7 +28,8 @@ from experiments.shapes import shape
 from influence import backward_sweep, start_gradient
 from model import Llama
 from support import fast
-from support.checkpoint import Checkpoint, parse_config
+from support.checkpoint import Checkpoint
+from support.config import parse_config
 from support.script import ROOT, read_json, write_json
 
 CPU = torch.device("cpu")

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.shapes import SHAPES, at_rate, random_model
 from generate import Decoder, estimate, generate
 from model import Llama
-from support.checkpoint import parse_config
+from support.config import parse_config
 from support.fast import Matrix
 from support.script import (ROOT, InputError, free_bytes, pick_device, read_json, run,
                             write_json)

@@ -21,7 +21,7 @@ from experiments.table11 import (ALL, GROWING, ROWS, STATIC, add_batch_arguments
                                  setting, target)
 from generate import value_shape
 from model import Llama
-from support.checkpoint import parse_config
+from support.config import parse_config
 from support.script import run
 
 RATES = (0.8, 0.6, 0.4, 0.2)

@@ -1,4 +1,5 @@
-"""Checkpoints on disk: config.json checked, tensors memory-mapped, results written."""
+"""Checkpoints on disk: tensors memory-mapped and held against config.json, results
+written."""
 import hashlib
 import json
 import os
@@ -12,131 +13,9 @@ import torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from model import LAYERS, Block, Config, Llama
+from model import Block, Llama
+from support.config import parse_config
 from support.script import InputError, check_space, read_json, sha256, write_whole
-
-# ------------------------------------------------------------ config.json
-ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM",
-                 "Qwen2ForCausalLM")
-ROPE_KEYS = {       # rope_type: what it needs
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-               "original_max_position_embeddings"),
-}
-REAL = (int, float)
-
-
-def positive(raw, *keys, kind=int):
-    """The value of the first of `keys` that config.json has.
-
-    Raises InputError unless it is above 0.
-    """
-    value = next((raw[key] for key in keys if raw.get(key) is not None), None)
-    if not isinstance(value, kind) or value <= 0:
-        raise InputError(f"config.json has no '{keys[0]}' above 0 (found {value!r}); "
-                         "use the one that came with the weights")
-    return value
-
-
-def architecture(raw):
-    return (raw.get("architectures") or ["nothing"])[0]
-
-
-def rope_scaling(raw):
-    """config.json's RoPE scaling under one form, {"rope_type": …}; raises InputError."""
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise InputError(f"config.json has rope_scaling {scaling!r}; expected an object")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ROPE_KEYS:
-        raise InputError(f"config.json has rope_scaling '{kind}'; "
-                         f"supported are {', '.join(ROPE_KEYS)}")
-    missing = [key for key in ROPE_KEYS[kind]
-               if not isinstance(scaling.get(key), REAL) or scaling[key] <= 0]
-    if missing:
-        raise InputError(f"rope_scaling '{kind}' in config.json lacks "
-                         f"{', '.join(missing)} above 0")
-    return scaling | {"rope_type": kind}
-
-
-def check_config(raw):
-    """Raise InputError for a config.json of a model that model.py does not compute."""
-    if architecture(raw) not in ARCHITECTURES:
-        raise InputError(f"config.json names the architecture {architecture(raw)}; "
-                         f"supported are {', '.join(ARCHITECTURES)}")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise InputError(f"config.json has hidden_act '{raw['hidden_act']}'; "
-                         "only 'silu' (SwiGLU) is supported")
-    if raw.get("quantization_config"):
-        raise InputError("the checkpoint is quantized (quantization_config); "
-                         "point at its fp32, fp16 or bf16 original")
-    heads = positive(raw, "num_attention_heads")
-    kv_heads = positive(raw, "num_key_value_heads", "num_attention_heads")
-    if heads % kv_heads:
-        raise InputError(f"config.json has {heads} heads on {kv_heads} key/value heads; "
-                         "expected a multiple")
-
-
-def biased(raw):
-    """The layers that carry a bias."""
-    if architecture(raw).startswith("Qwen2"):
-        names = LAYERS[:3]                                              # q, k and v
-    elif raw.get("attention_bias"):
-        names = LAYERS[:4]                                              # and o
-    else:
-        names = ()
-    if raw.get("mlp_bias"):
-        names += LAYERS[4:]
-    return frozenset(names)
-
-
-def longest_window(raw):
-    """The context in tokens.
-
-    Not in the paper: a sliding window is not computed. Up to its width it equals full
-    attention, so it bounds the context instead.
-    """
-    context = positive(raw, "max_position_embeddings", "max_sequence_length")
-    slides = raw.get("use_sliding_window", architecture(raw).startswith("Mistral"))
-    if raw.get("sliding_window") and slides:
-        context = min(context, positive(raw, "sliding_window"))
-    return context
-
-
-def parse_config(raw):
-    """config.json, a dict -> Config.
-
-    It has Hugging Face's keys, from LLaMA 1's to `rope_parameters`. Raises InputError for
-    a missing key or anything that model.py does not compute.
-    """
-    check_config(raw)
-    scaling = rope_scaling(raw)
-    # LLaMA 1 and 2 are older than rope_theta and num_key_value_heads: the format defines
-    # their absence.
-    theta = scaling.get("rope_theta") or raw.get("rope_theta")
-    if not theta:
-        llama = "LLAMA" in architecture(raw).upper()
-        theta = 10000.0 if llama else positive(raw, "rope_theta", kind=REAL)
-    heads = positive(raw, "num_attention_heads")
-    dim = positive(raw, "hidden_size")
-    return Config(
-        vocab=positive(raw, "vocab_size"),
-        dim=dim,
-        hidden=positive(raw, "intermediate_size"),
-        n_layers=positive(raw, "num_hidden_layers"),
-        n_heads=heads,
-        n_kv_heads=positive(raw, "num_key_value_heads", "num_attention_heads"),
-        head_dim=positive(raw, "head_dim") if raw.get("head_dim") else dim // heads,
-        context=longest_window(raw),
-        norm_eps=positive(raw, "rms_norm_eps", kind=REAL),
-        rope_theta=float(theta),
-        rope_scaling=scaling,
-        tied=raw.get("tie_word_embeddings", False),
-        biases=biased(raw),
-        ranks=(raw.get("air") or {}).get("ranks", {}),
-    )
-
 
 # ------------------------------------------------------------ in
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -193,7 +72,10 @@ def shards(folder):
         index = folder / (name + ".index.json")
         if index.is_file():
             where = read_json(index).get("weight_map")
-            if not where or not isinstance(where, dict):
+            plain = isinstance(where, dict) and all(
+                isinstance(file, str) and Path(file).name == file
+                for file in where.values())
+            if not where or not plain:
                 raise InputError(f"{index} has no weight_map that names its shards; "
                                  "copy it again from where it came")
             names = sorted(set(where.values()))
@@ -242,6 +124,9 @@ class Checkpoint:
 
         Raises InputError where they differ.
         """
+        # Before a model of a mistyped number of blocks is built.
+        last = f"model.layers.{self.cfg.n_layers - 1}.input_layernorm.weight"
+        self.check_names("lacks", {last} - self.tensors.keys())
         with torch.device("meta"):
             state = Llama(self.cfg).state_dict()
         expected = {name: tuple(w.shape) for name, w in state.items()}
@@ -251,6 +136,7 @@ class Checkpoint:
         if self.cfg.tied:
             expected.pop("lm_head.weight")
             spare.add("lm_head.weight")
+            self.check_tied()
         self.check_names("lacks", expected.keys() - self.tensors.keys())
         self.check_names("has, beyond the model of config.json,",
                          self.tensors.keys() - expected.keys() - spare)
@@ -263,6 +149,15 @@ class Checkpoint:
                 raise InputError(f"{name} is stored as {stored.dtype}; expected fp32, "
                                  "fp16 or bf16")
         return expected
+
+    def check_tied(self):
+        """Raise InputError for a head beside the embedding that it should equal."""
+        both = [self.tensors.get(name) for name in ("model.embed_tokens.weight",
+                                                    "lm_head.weight")]
+        if None not in both and not torch.equal(*(stored.read() for stored in both)):
+            raise InputError(f"config.json in {self.folder} has tie_word_embeddings true, "
+                             "but lm_head.weight is not model.embed_tokens.weight; set "
+                             "it to false to use the head, or delete the head")
 
     def check_names(self, verb, names):
         if names:

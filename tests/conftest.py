@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "tests" / "golden"))
 
 from make_golden import SMALL, weights                      # noqa: E402
 from model import Llama                       # noqa: E402
-from support.checkpoint import parse_config                       # noqa: E402
+from support.config import parse_config                       # noqa: E402
 
 torch.set_num_threads(min(2, os.cpu_count()))
 TINY = dict(SMALL, architectures=["LlamaForCausalLM"], model_type="llama")  # 2 blocks, dim 32, 4 heads on 2 kv heads
@@ -25,6 +25,8 @@ TINY = dict(SMALL, architectures=["LlamaForCausalLM"], model_type="llama")  # 2 
 def write_checkpoint(folder, config=TINY, dtype=torch.float32, seed=0, **changes):
     """A random checkpoint in `folder` (config.json, model.safetensors); returns the folder."""
     config = config | changes
+    if "architectures" in changes and "model_type" not in changes:
+        config["model_type"] = changes["architectures"][0].removesuffix("ForCausalLM").lower()
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         shapes = {name: tuple(w.shape) for name, w in Llama(parse_config(config)).state_dict().items()}

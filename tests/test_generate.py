@@ -14,7 +14,8 @@ from experiments import fig4, table9, table11
 from experiments.shapes import SHAPES, at_rate, random_model
 from model import LAYERS, Llama, LowRank
 from support import fast
-from support.checkpoint import Checkpoint, parse_config
+from support.checkpoint import Checkpoint
+from support.config import parse_config
 from support.script import InputError
 
 
@@ -32,6 +33,10 @@ CASES = {   # 4 heads of 8 in all of them
     "one kv head low-rank": dict(TINY, num_key_value_heads=1, **LOW),
     "biases": dict(TINY, architectures=["Qwen2ForCausalLM"], model_type="qwen2"),
     "biases low-rank": dict(TINY, architectures=["Qwen2ForCausalLM"], model_type="qwen2", **LOW),
+    "norms of q and k": dict(TINY, architectures=["Qwen3ForCausalLM"], model_type="qwen3", head_dim=8),
+    "norms of q and k low-rank": dict(
+        TINY, architectures=["Qwen3ForCausalLM"], model_type="qwen3", head_dim=8, attention_bias=True, **LOW
+    ),
     "biases everywhere, wide heads, low-rank": dict(
         TINY, num_key_value_heads=4, head_dim=12, attention_bias=True, mlp_bias=True, **LOW),
     "values whose rank saves nothing": dict(TINY, **ranks(9, 7, 18, 10, 13, 11, 12)),

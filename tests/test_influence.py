@@ -102,9 +102,9 @@ def test_attention_rule_conserves_what_reaches_the_values():
 
 
 @pytest.mark.parametrize("signal", ["wxg", "fisher", "grad"])
-@pytest.mark.parametrize("arch", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
+@pytest.mark.parametrize("arch", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
 def test_sweep_equals_autograd_on_the_whole_model(signal, arch, tmp_path, windows):
-    ckpt = Checkpoint(write_checkpoint(tmp_path / "c", architectures=[arch]))
+    ckpt = Checkpoint(write_checkpoint(tmp_path / "c", architectures=[arch], head_dim=8))
     found, model = sweep(ckpt, windows, signal), ckpt.model(dtype=torch.float64).requires_grad_()
     expected = {}
     for ids in windows:
@@ -119,9 +119,11 @@ def test_sweep_equals_autograd_on_the_whole_model(signal, arch, tmp_path, window
         assert distance(found[l, f"{name}.{signal}"], value) < 1e-10
 
 
+@pytest.mark.parametrize("arch", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
 @pytest.mark.parametrize("signal", ["lrp", "lrp-all"])
-def test_lrp_sweep_equals_the_rules_on_the_whole_model(signal, tiny, windows, monkeypatch):
-    ckpt, ops = Checkpoint(tiny), R.attn_lrp(1e-3)                  # a large ε, so that its place shows
+def test_lrp_sweep_equals_the_rules_on_the_whole_model(signal, arch, tmp_path, windows, monkeypatch):
+    ckpt = Checkpoint(write_checkpoint(tmp_path / "c", architectures=[arch], head_dim=8))
+    ops = R.attn_lrp(1e-3)                                          # a large ε, so that its place shows
     monkeypatch.setitem(R.SIGNALS, signal, R.SIGNALS[signal]._replace(ops=ops))
     found, model = sweep(ckpt, windows, signal), ckpt.model(dtype=torch.float64).requires_grad_()
     expected = {}
@@ -149,6 +151,21 @@ def test_relevance_of_a_layers_weights_is_its_outputs(tiny, windows):
     total = {name: (layer.weight * layer.weight.grad).sum().item() for name, layer in mlp.named_children()}
     assert total["gate_proj"] == pytest.approx(total["up_proj"], rel=1e-8)
     assert total["gate_proj"] + total["up_proj"] == pytest.approx(total["down_proj"], rel=1e-8)
+
+
+def test_norms_of_q_and_k_keep_their_relevance(tmp_path, windows):
+    """Qwen3. The uniform rule gives q and k the same sum, the identity rule passes it through their norms.
+
+    The ordinary derivative would leave nothing: a norm does not change with its input's length."""
+    ckpt = Checkpoint(write_checkpoint(tmp_path / "c", architectures=["Qwen3ForCausalLM"], head_dim=8))
+    model = ckpt.model(dtype=torch.float64).requires_grad_()
+    model(windows[:1], R.attn_lrp(1e-12))[0, -1].amax().backward()
+    att = model.model.layers[0].self_attn
+    total = {name: (att.get_submodule(name).weight * att.get_submodule(name).weight.grad).sum().item()
+             for name in ("q_proj", "k_proj", "q_norm", "k_norm")}
+    assert abs(total["q_norm"]) > 1e-6
+    for name in total:
+        assert total[name] == pytest.approx(total["q_norm"], rel=1e-7)
 
 
 def test_gram_of_the_backward_sweep_is_the_forward_sweeps(tiny, windows):

@@ -16,7 +16,8 @@ import air
 from support import large
 from conftest import ROOT, TINY, distance, write_checkpoint
 from model import LAYERS, Llama
-from support.checkpoint import Checkpoint, TensorFolder, parse_config
+from support.checkpoint import Checkpoint, TensorFolder
+from support.config import parse_config
 from support.script import InputError, check_space
 
 AIR = (sys.executable, str(ROOT / "air.py"))

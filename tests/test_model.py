@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 import model as M
 from support import checkpoint
 from conftest import TINY, write_checkpoint
-from support.checkpoint import Checkpoint, Writer, parse_config
+from support.checkpoint import Checkpoint, Writer
+from support.config import parse_config
 from support.script import InputError
 from model import LowRank
 
@@ -26,7 +27,8 @@ def test_logits_equal_another_implementation(path, tmp_path):
 
 
 def test_golden_files_cover_what_the_issue_names():
-    assert {"llama-grouped", "llama-3.1-rope", "mistral", "qwen2.5", "qwen2.5-tied"} <= {path.stem for path in GOLDEN}
+    named = {"llama-grouped", "llama-3.1-rope", "mistral", "qwen2.5", "qwen2.5-tied", "qwen3", "qwen3-tied-biased"}
+    assert named <= {path.stem for path in GOLDEN}
 
 
 def test_logits_equal_the_authors(official):
@@ -65,11 +67,18 @@ def test_old_and_new_configurations_read_the_same():
 
 
 def test_sliding_window_bounds_the_context():
-    mistral = TINY | {"architectures": ["MistralForCausalLM"], "sliding_window": 48}
+    mistral = TINY | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 48}
     assert parse_config(mistral).context == 48
     assert parse_config(mistral | {"sliding_window": None}).context == 64
-    qwen = TINY | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 48}
+    assert parse_config(mistral | {"use_sliding_window": False}).context == 48          # a Qwen2 key
+    absent = {key: value for key, value in mistral.items() if key != "sliding_window"}
+    # the format's default
+    assert parse_config(absent | {"max_position_embeddings": 32768}).context == 4096
+    assert parse_config(TINY | {"model_type": "mistral", "sliding_window": 48}).context == 48       # model_type decides
+    qwen = TINY | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "sliding_window": 48}
     assert parse_config(qwen | {"use_sliding_window": False}).context == 64
+    assert parse_config(qwen | {"use_sliding_window": True, "max_window_layers": 2}).context == 64  # no layer slides
+    assert parse_config(qwen | {"use_sliding_window": True, "max_window_layers": 1}).context == 48
 
 
 @pytest.mark.parametrize("layout", ["file", "shards", "bin", "bin-shards", "fp16", "bf16"])

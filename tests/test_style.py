@@ -16,6 +16,7 @@ ORDER = [
     "support.script",
     "model",
     "support.fast",
+    "support.config",
     "support.checkpoint",
     "support.texts",
     "calibrate",

@@ -63,6 +63,25 @@ CASES = {
         tie_word_embeddings=True,
         use_sliding_window=False,
     ),
+    "qwen3": dict(
+        SMALL,
+        architectures=["Qwen3ForCausalLM"],
+        model_type="qwen3",
+        rope_theta=1000000.0,
+        head_dim=12,
+        attention_bias=False,
+        use_sliding_window=False,
+        max_window_layers=2,
+    ),
+    "qwen3-tied-biased": dict(
+        SMALL,
+        architectures=["Qwen3ForCausalLM"],
+        model_type="qwen3",
+        head_dim=16,
+        num_key_value_heads=1,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
 }
 
 
@@ -81,6 +100,9 @@ def main():
     import torch
     import transformers
     for case, config in CASES.items():
+        path = Path(__file__).parent / f"{case}.npz"
+        if path.exists():               # the others' stay as they were made
+            continue
         arch = getattr(transformers, config["architectures"][0])
         cfg = arch.config_class(**{k: v for k, v in config.items() if k not in ("architectures", "model_type")})
         model = arch(cfg).eval().float()
@@ -95,7 +117,7 @@ def main():
         with torch.no_grad():
             logits = model(torch.from_numpy(ids)).logits.numpy()
         np.savez(
-            Path(__file__).parent / f"{case}.npz",
+            path,
             ids=ids.astype(np.int16),
             logits=logits,
             config=json.dumps(config),
