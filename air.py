@@ -36,6 +36,8 @@ from support.texts import digest, own_windows, with_defaults
 # Where both sides are as wide, support/fast.py computes the same with less work; math.inf
 # keeps to the lines here.
 FAST_FROM = 512
+# At one token an input; 0.5 is measured best (experiments/ridge.py).
+RIDGE = 0.5
 
 
 # ------------------------------------------------------------ the method
@@ -45,30 +47,45 @@ def rank_at(rate, m, n):
     return int(rate * m * n / (m + n) + 1e-9)
 
 
-def profile(gram):
+def profile(gram, ridge=0.0):
     """Eq. 1: S = cholesky(ΣXXᵀ), lower triangular, in fp64.
 
-    Takes ΣXXᵀ (n, n); returns (S (n, n) fp64, shift), shift being what had to be added
-    to the diagonal, relative to its mean: 0 for a numerically positive definite matrix,
-    which more tokens than inputs usually give. Raises RuntimeError for a matrix that is
-    not finite.
+    Takes ΣXXᵀ (n, n); returns (S (n, n) fp64, shift), shift being the share of its own
+    diagonal that was added to it: `ridge`, or what it took to make the matrix
+    numerically positive definite, which more tokens than inputs usually are. Raises
+    RuntimeError for a matrix that is not finite.
     """
     gram = gram.double()
-    mean = gram.diagonal().mean()
-    if mean == 0:                          # an input that is always zero: every S will do
-        return torch.eye(len(gram), dtype=gram.dtype, device=gram.device), 1.0
-    # Not in the paper: the repair, ever larger shares of the mean diagonal. Released code
-    # differs: it adds max(1.1·|λmin|, 1e-6·λmax, 1e-4), absolute in the last term.
+    own = gram.diagonal().clone()
+    if not torch.isfinite(own).all():
+        raise RuntimeError("ΣXXᵀ is not finite")
+    # An input that is always zero counts as the weakest of the others; if all are, every
+    # S will do.
+    alive = own > 0
+    own[~alive] = own[alive].min() if alive.any() else 1.0
     info = torch.empty((), dtype=torch.int32, device=gram.device)
-    for shift in (0.0, *(10.0**e for e in range(-9, 1))):
+    # Not in the paper: the ridge, and the repair, ever larger ones. A share of the mean
+    # diagonal instead would drown weak inputs. Released code differs: it adds
+    # max(1.1·|λmin|, 1e-6·λmax, 1e-4), absolute in the last term.
+    repairs = (10.0**e for e in range(-9, 1))
+    for shift in (ridge, *(each for each in repairs if each > ridge)):
         S = gram.clone()
-        S.diagonal().add_(shift * mean)
+        S.diagonal().add_(shift * own)
         torch.linalg.cholesky_ex(S, out=(S, info))  # in place: S is as large as ΣXXᵀ
         # A pivot at the level of rounding is luck: S⁻¹ would amplify noise.
-        rounding = len(gram) * 2e-16 * mean
-        if not info and S.diagonal().min()**2 > rounding:
+        rounding = len(gram) * 2e-16 * own
+        if not info and (S.diagonal().square() > rounding).all():
             return S, shift
     raise RuntimeError("ΣXXᵀ is not finite")
+
+
+def default_ridge(n, tokens):
+    """The share of ΣXXᵀ's own diagonal that `profile` adds where --ridge is not given.
+
+    Not in the paper: the fewer tokens an input, the larger; experiments/ridge.py
+    measured it.
+    """
+    return RIDGE * n / tokens
 
 
 def normalise(I, scale="mean"):
@@ -256,16 +273,18 @@ class Inputs:
     reader: str                         # the first layer that reads it
     gram: torch.Tensor | None           # ΣXXᵀ (n, n) fp64
     mean_abs: torch.Tensor | None       # mean of |x| (n,) fp64
+    ridge: float                        # share of ΣXXᵀ's own diagonal to be added
 
     @cached_property
     def profiled(self):
         """(S, shift) of Eq. 1, for the methods that ask."""
-        return profile(self.gram)
+        return profile(self.gram, self.ridge)
 
     @property
-    def shift(self):
-        """What was added to ΣXXᵀ for its Cholesky factor; 0 where none was asked for."""
-        return self.profiled[1] if "profiled" in vars(self) else 0.0
+    def repair(self):
+        """What ΣXXᵀ needed beyond the ridge for its Cholesky factor; 0: nothing."""
+        shift = self.profiled[1] if "profiled" in vars(self) else 0.0
+        return shift if shift > self.ridge else 0.0
 
 
 @dataclass
@@ -296,13 +315,20 @@ class Layer:
         return I.to(self.W.dtype)
 
 
-def layers_of(ckpt, l, stats, ranks, device):
+def inputs_of(reader, name, stats, ridge):
+    """The Inputs of layer `name` and all that read the same, from a block's stats."""
+    gram = stats.get(f"{name}.gram")
+    if ridge is None:
+        ridge = 0.0 if gram is None else default_ridge(len(gram), stats[f"{name}.tokens"].item())
+    return Inputs(reader, gram, stats.get(f"{name}.mean_abs"), ridge)
+
+
+def layers_of(ckpt, l, stats, ranks, device, ridge=None):
     """The seven weights of block l, one at a time, as Layers."""
     for name in LAYERS:
         full = f"model.layers.{l}.{name}"
         if READS[name] == name:
-            gram = stats.get(f"{name}.gram")
-            inputs = Inputs(full, gram, stats.get(f"{name}.mean_abs"))
+            inputs = inputs_of(full, name, stats, ridge)
         own = [key for key in stats if key.startswith(name + ".")]
         collected = {key.removeprefix(name + "."): stats[key] for key in own}
         W = ckpt.tensor(full + ".weight", device, torch.float32)
@@ -348,6 +374,8 @@ class Options:
                         "ranks k-1 to 0 (default), or 0 to k-1")
     axis: str = option("in", ("in", "out"),
                        "fwsvd: Fisher information summed per input or output")
+    ridge: float = option(None, help="share of ΣXXᵀ's own diagonal that is added to it; "
+                          "0: the paper's (default: by the tokens an input)")
 
     @property
     def backward(self):
@@ -372,7 +400,7 @@ class Solved:
     shape: tuple                # (m, n)
     k: int
     losses: Losses
-    shift: float           # what was added to ΣXXᵀ before its Cholesky factor; 0: nothing
+    repair: float               # Inputs.repair, once an input
     seconds: float
     tensors: dict               # {name: tensor} in the checkpoint's dtype
 
@@ -404,15 +432,15 @@ def compress_block(ckpt, l, stats, ranks, options, device):
         raise RuntimeError(f"the statistics of block {l} are not finite: activations "
                            "overflowed; use bfloat16 or float32")
     start = time.time()
-    for layer in layers_of(ckpt, l, stats, ranks, device):
+    for layer in layers_of(ckpt, l, stats, ranks, device, options.ridge):
         U, V, losses = solve(layer, options)
         tensors = {layer.name + ".U.weight": U.to(ckpt.dtype).cpu(),
                    layer.name + ".V.weight": V.to(ckpt.dtype).cpu()}
         if layer.name + ".bias" in ckpt.tensors:
             tensors[layer.name + ".U.bias"] = ckpt.tensor(layer.name + ".bias")
         # A repair of ΣXXᵀ is told once an input, with the first layer that reads it.
-        shift = layer.inputs.shift if layer.inputs.reader == layer.name else 0.0
-        yield Solved(layer.name, tuple(layer.W.shape), layer.k, losses, shift,
+        repair = layer.inputs.repair if layer.inputs.reader == layer.name else 0.0
+        yield Solved(layer.name, tuple(layer.W.shape), layer.k, losses, repair,
                      time.time() - start, tensors)
         start = time.time()
 
@@ -578,10 +606,10 @@ def solve_block(job, l, stats, progress):
     tensors = {}
     note = {"ranks": {}, "loss": {}, "repairs": {}}
     for solved in compress_block(job.ckpt, l, stats, job.ranks, job.options, job.device):
-        if solved.shift:
+        if solved.repair:
             progress.say(f"{solved.layer}: ΣXXᵀ is not positive definite; "
-                         f"{solved.shift:.0e} of its mean diagonal was added to it")
-            note["repairs"][solved.layer] = solved.shift
+                         f"{solved.repair:.0e} of its own diagonal was added to it")
+            note["repairs"][solved.layer] = solved.repair
         progress.step(report.layer_line(solved), large.processes()[1])
         tensors |= solved.tensors
         note["ranks"][solved.layer] = solved.k

@@ -92,6 +92,8 @@ def add_inputs(stats, block, seen, tokens):
         add(stats, f"{name}.gram", x.T @ x)
         # ASVD's mean of |x|   (n,)
         add(stats, f"{name}.mean_abs", x.abs().sum(0) / tokens)
+        # How many tokens ΣXXᵀ is of   ()
+        add(stats, f"{name}.tokens", torch.tensor(float(len(x)), device=x.device))
 
 
 # ------------------------------------------------------------ the sweep

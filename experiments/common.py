@@ -114,7 +114,8 @@ def torch_nn(split, folder):
 def options_of(setting):
     """air's Options of a setting: the paper's but for the fields it has."""
     names = [each.name for each in fields(Options)]
-    return Options(**{name: setting[name] for name in names if name in setting})
+    given = {name: setting[name] for name in names if name in setting}
+    return Options(**{"ridge": 0.0} | given)
 
 
 def reads_nothing(options):

@@ -48,9 +48,27 @@ def test_profile_repairs_relative_to_the_diagonal(scale):
     gram = scale * X @ X.T                                                  # rank 4 of 10
     S, shift = A.profile(gram)
     assert 0 < shift < 1e-6
-    assert torch.allclose(
-        S @ S.T, gram + shift * gram.diagonal().mean() * torch.eye(10).double(), rtol=1e-9, atol=1e-12 * scale
-    )
+    assert torch.allclose(S @ S.T, gram + shift * gram.diagonal().diag(), rtol=1e-9, atol=1e-12 * scale)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.03])
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_profile_knows_no_units(tokens, ridge):
+    """Channels measured in other units: S follows, so the repair drowns none (real models' differ by 1e6 and more)."""
+    X, units = torch.randn(10, tokens).double(), torch.logspace(-6, 6, 10).double()
+    S, shift = A.profile(X @ X.T, ridge)
+    scaled, same = A.profile((units[:, None] * X) @ (units[:, None] * X).T, ridge)
+    assert same == shift and shift >= ridge
+    assert torch.allclose(scaled / units[:, None], S, rtol=1e-6, atol=1e-7)
+
+
+def test_ridge_is_a_share_of_the_own_diagonal():
+    X = torch.randn(10, 40).double() * torch.logspace(-3, 3, 10)[:, None].double()
+    S, shift = A.profile(X @ X.T, 0.5)
+    expected = X @ X.T
+    for j in range(10):
+        expected[j, j] *= 1.5
+    assert shift == 0.5 and torch.allclose(S @ S.T, expected)
 
 
 def test_profile_of_what_is_not_finite_ends():
