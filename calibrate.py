@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from model import INPUTS, PLAIN, rope, wide
 from support.checkpoint import Checkpoint
 from support.script import check_writable, parser, pick_device, run
-from support.texts import (Tokenizer, digest, own_windows, rows_of, token_array,
+from support.texts import (Tokenizer, digest, is_array, own_windows, rows_of, token_array,
                            too_short, with_defaults)
 
 
@@ -30,7 +30,7 @@ def calibration_windows(text, ckpt, samples=256, seqlen=2048, seed=3):
     tokens kept, shorter ones drawn again. Raises InputError for a text shorter than one
     window.
     """
-    if text.endswith(".npy"):
+    if is_array(text):
         return windows_of_array(text, ckpt, samples, seqlen, seed)
     rng = random.Random(seed)
     joined = "\n\n".join(row for row in rows_of(text, "train") if row.strip())

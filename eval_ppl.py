@@ -20,7 +20,7 @@ from model import to_logits
 from support.checkpoint import Checkpoint
 from support.script import (InputError, check_writable, parser, pick_device, run,
                             write_json)
-from support.texts import (Tokenizer, own_windows, rows_of, token_array, too_short,
+from support.texts import (Tokenizer, is_array, own_windows, rows_of, token_array, too_short,
                            with_defaults)
 
 
@@ -31,7 +31,7 @@ def evaluation_windows(text, ckpt, seqlen=2048):
     window.
     """
     per_byte = None
-    if text.endswith(".npy"):
+    if is_array(text):
         own = own_windows(text, ckpt)
         if own is not None:
             return own, own.numel(), None

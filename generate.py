@@ -24,7 +24,7 @@ from model import rope, rotate, wide
 from support.checkpoint import Checkpoint
 from support.fast import Graphs, Matrix, SharedInput, align
 from support.script import InputError, free_bytes, parser, pick_device, run
-from support.texts import Continuation, Tokenizer, read_prompts
+from support.texts import Continuation, Tokenizer, read_prompts, typed
 
 CHUNK = 2048   # columns × rows of one piece of a prompt: bounds the memory of the prefill
 
@@ -482,7 +482,7 @@ def generate(decoder, prompts, max_new_tokens, eos=frozenset(), stop=None, **sam
 def parse_arguments():
     p = parser(__doc__)
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--prompt", default="import ")
+    what.add_argument("--prompt", type=typed, default="import ")
     what.add_argument("--prompt-file",
                       help="one prompt a line, blank lines left out; one batch")
     p.add_argument("--max-new-tokens", type=int, default=100)
@@ -495,7 +495,7 @@ def parse_arguments():
     p.add_argument("--repetition-penalty", type=float, default=1.0,
                    help="above 1: tokens already there become less likely")
     p.add_argument("--seed", type=int, default=0, help="prompt i draws with seed + i")
-    p.add_argument("--stop", action="append", default=[],
+    p.add_argument("--stop", type=typed, action="append", default=[],
                    help="end before this text; can be given more than once")
     p.add_argument("--off", nargs="+", default=[], help="switch these off",
                    choices=("o1", "o2", "o3", "fuse", "graph"))

@@ -144,7 +144,7 @@ def check_space(*needs):
 def read_json(path):
     """The JSON object in a file; InputError for anything else."""
     try:
-        return dict(**json.loads(path.read_text("utf-8")))
+        return dict(**json.loads(path.read_text("utf-8-sig")))
     except (ValueError, TypeError, OSError) as e:
         raise InputError(f"{path} is not readable as a JSON object ({e}); "
                          "copy it again from where it came") from None
@@ -285,6 +285,10 @@ def run(main):
     2: bad input, 1: a failed run, 130: Ctrl-C. Any other error is a mistake here: a
     traceback.
     """
+    # What the terminal's encoding lacks is escaped, not a failure, in --help, too.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main()
     except BaseException as error:

@@ -134,6 +134,25 @@ def wikitext_rows(raw):
     return [line + "\n" if line.strip() else "" for line in lines]
 
 
+def typed(argument):
+    """An argument as it was typed, in UTF-8, whatever the shell's locale says."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        raise InputError(f"the argument {argument!a} is not UTF-8 text; "
+                         "expected Unicode: type it again or use --prompt-file") from None
+
+
+def check_text(text, where):
+    """Raise InputError for half a character, which JSON's escapes allow."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise InputError(f"{where} has half of a surrogate pair, {text[e.start]!a}, which "
+                         "is no character; expected Unicode text: mend or delete "
+                         "it") from None
+
+
 def jsonl_rows(lines, name):
     """The texts under the key `text`, a JSON object a line.
 
@@ -147,21 +166,38 @@ def jsonl_rows(lines, name):
         except (ValueError, KeyError, TypeError):
             raise InputError(f"line {i} of {name} is not a JSON object with a text "
                              "under the key 'text'") from None
+        if line.strip():
+            check_text(rows[-1], f"line {i} of {name}")
     return rows
+
+
+def read_text(path):
+    """A UTF-8 file as it is, but for a byte order mark in front.
+
+    Raises InputError, with the line of what is not UTF-8.
+    """
+    try:
+        content = Path(path).read_bytes()
+        return content.decode("utf-8-sig")
+    except OSError as e:
+        raise InputError(f"{path} cannot be read ({e.strerror})") from None
+    except UnicodeDecodeError as e:
+        line = content.count(b"\n", 0, e.start) + 1
+        raise InputError(f"line {line} of {path} is not UTF-8 ({e.reason}); "
+                         "save the file as UTF-8 text") from None
 
 
 def file_rows(path):
     """The documents of a user's own file. Raises InputError."""
-    if path.suffix not in (".txt", ".raw", ".jsonl"):
+    kind = path.suffix.lower()
+    if kind not in (".txt", ".raw", ".jsonl"):
         raise InputError(f"the text '{path}' is unknown; expected stdlib, wikitext2, "
                          "c4, or a .txt, .raw, .jsonl or .npy file")
-    try:
-        content = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({e})") from None
-    if path.suffix == ".jsonl":
+    # Lines end alike whatever system wrote them.
+    content = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+    if kind == ".jsonl":
         return jsonl_rows(content.split("\n"), path)
-    return wikitext_rows(content) if path.suffix == ".raw" else [content]
+    return wikitext_rows(content) if kind == ".raw" else [content]
 
 
 def rows_of(text, split):
@@ -266,9 +302,14 @@ def token_array(text, ckpt):
     return torch.from_numpy(ids.astype(np.int64))
 
 
+def is_array(text):
+    """Does a text's name say a .npy file of token ids?"""
+    return text.lower().endswith(".npy")
+
+
 def own_windows(text, ckpt):
     """The windows of a 2-D .npy file, None for any other text."""
-    ids = token_array(text, ckpt) if text.endswith(".npy") else None
+    ids = token_array(text, ckpt) if is_array(text) else None
     return ids if ids is not None and ids.dim() == 2 else None
 
 
@@ -351,14 +392,10 @@ class Continuation:
 def read_prompts(path):
     """The lines of the file `path` that are not blank.
 
-    Raises InputError where there is none.
+    Lines end at a newline and nowhere else. Raises InputError where there is none.
     """
-    try:
-        lines = Path(path).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"--prompt-file {path} cannot be read as UTF-8 text "
-                         f"({e})") from None
-    prompts = [line for line in lines if line]
+    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
+    prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise InputError(f"{path} has no prompt; expected one a line")
     return prompts

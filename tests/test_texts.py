@@ -1,0 +1,98 @@
+"""Texts as files hold them: byte order marks, half characters, line ends, names in capitals, narrow terminals."""
+import codecs
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from calibrate import calibration_windows
+from conftest import ROOT, script, write_checkpoint
+from eval_ppl import evaluation_windows
+from support import texts as T
+from support.checkpoint import Checkpoint
+from support.script import InputError
+
+TEXT = "import os\n\n\ndef read(path):\n    return open(path).read()  # naïve — “ok” 🙂\n" * 12
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return Checkpoint(ROOT / "demo")
+
+
+def content(kind):
+    if kind == "jsonl":
+        return "".join(json.dumps({"text": line}) + "\n" for line in TEXT.split("\n"))
+    return TEXT
+
+
+@pytest.mark.parametrize("kind", ["txt", "raw", "jsonl"])
+@pytest.mark.parametrize("change", ["mark", "crlf", "capitals"])
+def test_ids_do_not_change(kind, change, demo, tmp_path):
+    plain, other = tmp_path / f"plain.{kind}", tmp_path / f"other.{kind}"
+    plain.write_bytes(content(kind).encode())
+    changed = content(kind).replace("\n", "\r\n") if change == "crlf" else content(kind)
+    if change == "capitals":
+        other = other.with_suffix(f".{kind.upper()}")
+    other.write_bytes((codecs.BOM_UTF8 if change == "mark" else b"") + changed.encode())
+    one, two = (evaluation_windows(str(path), demo, 32) for path in (plain, other))
+    assert torch.equal(one[0], two[0]) and one[1:] == two[1:]
+    assert torch.equal(*(calibration_windows(str(path), demo, 3, 16) for path in (plain, other)))
+
+
+def test_arrays_in_capitals(demo, tmp_path):
+    ids = np.arange(200).reshape(4, 50)
+    with open(tmp_path / "w.NPY", "wb") as f:
+        np.save(f, ids)
+    assert T.with_defaults(demo, str(tmp_path / "w.NPY"))[1:] == (4, 50)
+    assert torch.equal(calibration_windows(str(tmp_path / "w.NPY"), demo), torch.from_numpy(ids))
+
+
+@pytest.mark.parametrize("escape", ["\\ud83d", "\\udc00 x", "a\\ud800b"])
+def test_half_a_character_is_named_by_its_line(escape, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "ok"}\n\n{"text": "' + escape + '"}\n')
+    with pytest.raises(InputError, match="line 3 of .*half of a surrogate pair"):
+        T.rows_of(str(tmp_path / "t.jsonl"), "test")
+    (tmp_path / "t.jsonl").write_text('{"text": "\\ud83d\\ude42"}')                  # both halves are a character
+    assert T.rows_of(str(tmp_path / "t.jsonl"), "test") == ["🙂"]
+
+
+@pytest.mark.parametrize("kind", ["txt", "raw", "jsonl"])
+def test_what_is_not_utf8_is_named_by_its_line(kind, tmp_path):
+    (tmp_path / f"t.{kind}").write_bytes(b"one\ntwo\n\xff\xfe\n")
+    with pytest.raises(InputError, match="line 3 of .* is not UTF-8"):
+        T.rows_of(str(tmp_path / f"t.{kind}"), "test")
+
+
+def test_prompts_end_at_newlines_only(tmp_path):
+    odd = ["a\x0bb\x0cc", "d\x1ce\x85f", "g\u2028h\u2029i", "j\rk", "  indented"]
+    (tmp_path / "p.txt").write_bytes(codecs.BOM_UTF8 + ("\n".join(odd) + "\r\n \n\n").encode())
+    assert T.read_prompts(tmp_path / "p.txt") == odd
+
+
+def finish(name, *arguments, **env):
+    return script(name, *arguments, env=env)
+
+
+def test_a_narrow_terminal_gets_escapes(tmp_path):
+    narrow = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    for name in ("air", "calibrate", "influence", "eval_ppl", "generate"):
+        done = finish(name, "--help", **narrow)
+        assert done.returncode == 0 and done.stderr == ""
+    done = finish("generate", "--prompt", "naïve “x” 🙂", "--max-new-tokens", 2, **narrow)
+    assert done.returncode == 0 and "\\xefve" in done.stdout
+    done = finish("eval_ppl", "--ckpt", tmp_path / "наїв", **narrow)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_a_prompt_of_bytes_that_are_no_text_is_refused():
+    done = finish("generate", "--prompt", os.fsdecode(b"a\xffb"), PYTHONUTF8="1")
+    assert done.returncode == 2 and "not UTF-8" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_configuration_with_a_mark_is_read(tmp_path):
+    folder = write_checkpoint(tmp_path / "c")
+    config = (folder / "config.json").read_bytes()
+    (folder / "config.json").write_bytes(codecs.BOM_UTF8 + config)
+    assert Checkpoint(folder).raw == json.loads(config)
