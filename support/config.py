@@ -28,6 +28,8 @@ NEUTRAL = {
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
     "partial_rotary_factor": (None, 1),
+    "rope_interleaved": (None, False),
+    "use_mrope": (None, False),
     "per_layer_config": (None, {}),
     "quantization_config": (None, {}),
     # Of relatives: Granite, MiniCPM, Gemma, OLMo, Cohere, SmolLM3.

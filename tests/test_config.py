@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from public_configs import CONFIGS
 from conftest import TINY, script, write_checkpoint
 from safetensors.torch import load_file, save_file
 from support.checkpoint import Checkpoint
@@ -193,6 +194,15 @@ def test_the_command_refuses_in_one_sentence(tiny, tmp_path):
         (folder / "config.json").write_text(json.dumps(config | {key: value}))
         done = script("eval_ppl", "--ckpt", folder)
         assert done.returncode == 2 and key in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", CONFIGS, ids=lambda name: name.replace(" ", "-"))
+def test_public_forms_are_read(name):
+    """tests/test_transformers.py compares their logits; here, what each is known by."""
+    raw, cfg = CONFIGS[name], parse_config(CONFIGS[name])
+    assert cfg.context == (48 if name in ("mistral 0.1", "zephyr") else 64)
+    assert cfg.tied == raw.get("tie_word_embeddings", False) and cfg.qk_norm == ("qwen3" in name)
+    assert cfg.n_kv_heads == raw.get("num_key_value_heads", 4) and len(cfg.biases) == 3 * (raw["model_type"] == "qwen2")
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parent / "golden").glob("*.npz")), ids=lambda path: path.stem)
