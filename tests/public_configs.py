@@ -51,8 +51,8 @@ CONFIGS = {
     "llama-3.3 70B": dict(LLAMA3, rope_scaling=BANDS, head_dim=8, mlp_bias=False),
     "deepseek-r1 distill llama": dict(LLAMA3, rope_scaling=BANDS, mlp_bias=False),
     "smollm 135M": dict(LLAMA2, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=10000.0),
-    "smollm2 135M": dict(LLAMA2, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=100000, is_llama_config=True,
-                         rope_interleaved=False, pad_token_id=2),
+    "smollm2 135M": dict(LLAMA2, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=100000,
+                         is_llama_config=True, rope_interleaved=False, pad_token_id=2),
     "saved by transformers 5": without(LLAMA3, "rope_theta", "rope_scaling", "torch_dtype") | dict(
         dtype="float32", rope_parameters=BANDS | {"rope_theta": 500000.0}, head_dim=8, mlp_bias=False,
         pad_token_id=None, transformers_version="5.24.0"),
