@@ -40,7 +40,13 @@ def positive(raw, *keys, kind=int):
 
 
 def architecture(raw):
-    return (raw.get("architectures") or ["nothing"])[0]
+    """The class that computes the model; of a result, the one its dense model has."""
+    return (raw.get("architectures") or ["nothing"])[0].removeprefix("Air")
+
+
+def family(raw):
+    """llama, mistral, qwen2: of a checkpoint or a result."""
+    return architecture(raw).removesuffix("ForCausalLM").lower()
 
 
 def rope_scaling(raw):
@@ -138,11 +144,41 @@ def parse_config(raw):
     )
 
 
+# ------------------------------------------------------------ names of a result
+MODELING = Path(__file__).with_name("modeling_air.py")      # lies beside every result
+
+
+def compressed_config(raw, section):
+    """config.json of a checkpoint -> its result's, with `section` as what AIR did.
+
+    The type, of its own, and the classes of modeling_air.py that compute it keep other
+    tools from reading it as the dense model, whose weights they would miss.
+    """
+    kind = family(raw)
+    name = "Air" + kind.capitalize()
+    # vLLM goes through them in this order.
+    classes = {"AutoConfig": "Config", "AutoModel": "Model",
+               "AutoModelForCausalLM": "ForCausalLM"}
+    auto_map = {auto: f"{MODELING.stem}.{name}{suffix}"
+                for auto, suffix in classes.items()}
+    return raw | {"model_type": "air_" + kind, "architectures": [name + "ForCausalLM"],
+                  "auto_map": auto_map, "air": section}
+
+
+def dense_config(raw):
+    """config.json of a result -> that of the same model with whole weights."""
+    kind = family(raw)
+    kept = {key: raw[key] for key in raw if key not in ("air", "auto_map")}
+    return kept | {"model_type": kind,
+                   "architectures": [kind.capitalize() + "ForCausalLM"]}
+
+
 # ------------------------------------------------------------ in
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What is copied along with a result.
-BESIDE = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-          "generation_config.json")
+BESIDE = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+          "merges.txt", "added_tokens.json", "special_tokens_map.json",
+          "chat_template.jinja", "generation_config.json")
 
 
 class Stored(NamedTuple):
