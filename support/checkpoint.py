@@ -510,7 +510,7 @@ class Writer:
             self.folder = TensorFolder(self.partial, (facts or {}) | {"kept": keep})
         except OSError as e:
             raise InputError(f"cannot write to {self.out.parent} ({e.strerror}); "
-                             "name another --out") from None
+                             "name another folder") from None
         for name in self.folder.files:
             self.folder.load(name)          # refuses a damaged part now, not at the end
         self.done = {name: file["note"] for name, file in self.folder.files.items()}
