@@ -134,7 +134,7 @@ def test_what_it_refuses(tmp_path, monkeypatch):
     refuse(monkeypatch, tmp_path, [tmp_path / "export", "--dense", tmp_path / "new"], "is dense")
     refuse(monkeypatch, tmp_path, [tmp_path / "nothing", "--dense", tmp_path / "new"], "does not exist")
     for taken in (dense, result, tmp_path / "export", tmp_path / "file", tmp_path):
-        refuse(monkeypatch, tmp_path, [result, "--dense", taken], "already exists")
+        refuse(monkeypatch, tmp_path, [result, "--dense", taken], "already exists; name another folder for --dense")
     refuse(monkeypatch, tmp_path, [result, "--dense", tmp_path / "file" / "new"], "cannot write to")
     # A section that says nothing, or names a layer there is not, makes no result of a dense model.
     for ranks in ({}, {"model.layers.9.mlp.up_proj": 3}):

@@ -199,6 +199,18 @@ def test_the_base_model_alone_is_low_rank(case, windows):
     assert list(settings.auto_map) == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
 
 
+@pytest.mark.parametrize("name", ["llama 3.1 tied", "qwen2 tied"])
+def test_a_new_model_of_the_configuration(name, tmp_path):
+    """Without weights: factors are drawn as the family draws its weights, and the tied head is the new embedding."""
+    write_result(tmp_path / "result", CASES[name], (0, 1))
+    settings = AutoConfig.from_pretrained(tmp_path / "result", trust_remote_code=True)
+    base = AutoModel.from_config(settings, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_config(settings, trust_remote_code=True)
+    for drawn in (base, model.model):
+        assert drawn.layers[0].self_attn.q_proj.V.weight.std() < 1.5 * settings.initializer_range
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_it_is_refused_without_trust(case):
     for reader in (AutoConfig, AutoModel, AutoModelForCausalLM):
         with pytest.raises(ValueError, match="custom code"):
