@@ -2,12 +2,16 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint experiments
+.PHONY: demo test test-transformers lint experiments
 demo: .venv/ready
 	.venv/bin/python air.py --overwrite
 
 test: .venv/ready
 	.venv/bin/python -m pytest
+
+# What a result is to other tools, with transformers beside it in an environment of its own.
+test-transformers: .venv-transformers/ready
+	.venv-transformers/bin/python -m pytest tests/test_transformers.py
 
 # The rules of style; what ruff does not know is in tests/test_style.py.
 lint: .venv/ready
@@ -23,4 +27,10 @@ experiments: .venv/ready
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt
+	touch $@
+
+.venv-transformers/ready: requirements.txt Makefile
+	$(PYTHON) -m venv .venv-transformers
+	.venv-transformers/bin/python -m pip install --quiet --disable-pip-version-check \
+	    -r requirements.txt transformers==5.24.0 accelerate==1.15.0
 	touch $@

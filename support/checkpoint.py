@@ -20,8 +20,9 @@ from support.script import InputError, check_space, read_json, sha256, write_who
 # ------------------------------------------------------------ in
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What is copied along with a result.
-BESIDE = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-          "generation_config.json")
+BESIDE = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+          "merges.txt", "added_tokens.json", "special_tokens_map.json",
+          "chat_template.jinja", "generation_config.json")
 
 
 class Stored(NamedTuple):
@@ -369,7 +370,7 @@ class Writer:
             self.folder = TensorFolder(self.partial, (facts or {}) | {"kept": keep})
         except OSError as e:
             raise InputError(f"cannot write to {self.out.parent} ({e.strerror}); "
-                             "name another --out") from None
+                             "name another folder") from None
         for name in self.folder.files:
             self.folder.load(name)          # refuses a damaged part now, not at the end
         self.done = {name: file["note"] for name, file in self.folder.files.items()}

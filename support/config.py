@@ -1,5 +1,7 @@
 """config.json -> model.Config: every value's type is checked where it is read, and
 whatever would change the numbers and is not computed is refused by name."""
+from pathlib import Path
+
 from model import LAYERS, Config
 from support.script import InputError
 
@@ -337,3 +339,31 @@ def parse_config(raw):
         biases=biased(raw),
         ranks=ranks_of(raw),
     )
+
+
+# ------------------------------------------------------------ names of a result
+MODELING = Path(__file__).with_name("modeling_air.py")      # lies beside every result
+
+
+def compressed_config(raw, section):
+    """config.json of a checkpoint -> its result's, with `section` as what AIR did.
+
+    The type, of its own, and the classes of modeling_air.py that compute it keep other
+    tools from reading it as the dense model, whose weights they would miss.
+    """
+    kind = family(raw)
+    name = "Air" + kind.capitalize()
+    # vLLM goes through them in this order.
+    classes = {"AutoConfig": "Config", "AutoModel": "Model",
+               "AutoModelForCausalLM": "ForCausalLM"}
+    auto_map = {auto: f"{MODELING.stem}.{name}{suffix}"
+                for auto, suffix in classes.items()}
+    return raw | {"model_type": RESULT + kind, "architectures": [name + "ForCausalLM"],
+                  "auto_map": auto_map, "air": section}
+
+
+def dense_config(raw):
+    """config.json of a result -> that of the same model with whole weights."""
+    kind = family(raw)
+    kept = {key: raw[key] for key in raw if key not in ("air", "auto_map")}
+    return kept | {"model_type": kind, "architectures": [FAMILIES[kind]]}

@@ -7,6 +7,7 @@ import torch
 
 from eval_ppl import bits_per_byte, evaluate, per_byte_line, warn_nonfinite
 from support.checkpoint import part_of
+from support.config import MODELING, compressed_config
 from support.large import processes
 from support.script import peak_memory
 from support.texts import digest
@@ -56,7 +57,8 @@ def finish(job, writer, seed):
                         "sha256": digest(job.windows)},
         "versions": {"torch": torch.__version__, "numpy": numpy.__version__},
     }
-    writer.finish(job.ckpt.raw | {"air": section}, job.ckpt.extras())
+    config = compressed_config(job.ckpt.raw, section)
+    writer.finish(config, [*job.ckpt.extras(), MODELING])
     return report
 
 

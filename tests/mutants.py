@@ -66,7 +66,7 @@ def main():
     for what, file, right, wrong, tests in MUTANTS:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "repository"
-            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "out", "data", "__pycache__"))
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "out", "data", "__pycache__"))
             source = (copy / file).read_text("utf-8")
             assert source.count(right) == 1, f"'{right}' stands {source.count(right)} times in {file}; mend the mutant"
             (copy / file).write_text(source.replace(right, wrong), "utf-8")

@@ -24,8 +24,10 @@ ORDER = [
     "eval_ppl",
     "support.large",
     "support.report",
+    "support.export",
     "generate",
     "air",
+    "support.modeling_air",     # last: it is read by other tools, never here
 ]
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 
