@@ -142,7 +142,8 @@ def parse_config(raw):
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What is copied along with a result.
 BESIDE = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-          "generation_config.json")
+          "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+          "chat_template.jinja", "generation_config.json")
 
 
 class Stored(NamedTuple):

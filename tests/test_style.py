@@ -18,6 +18,7 @@ ORDER = [
     "support.fast",
     "support.checkpoint",
     "support.texts",
+    "support.tokenizer",
     "calibrate",
     "influence",
     "eval_ppl",
