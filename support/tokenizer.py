@@ -511,8 +511,9 @@ class Chat:
                 messages=self.system + messages, tools=None, documents=None,
                 add_generation_prompt=start, **named)
         except Exception as e:
-            # Whatever a template may do to itself.
-            raise InputError(f"{self.name} cannot be filled in ({e}); leave out "
+            # Whatever a template may do; raise_exception's text may have lines.
+            reason = " ".join(str(e).split())
+            raise InputError(f"{self.name} cannot be filled in ({reason}); leave out "
                              "--chat, or --system where it takes none") from None
 
     def encode(self, message):

@@ -85,7 +85,7 @@ def test_what_ends_a_text_is_what_any_file_names(config, files, expected, tmp_pa
 def test_tokenizer_json_and_its_end_of_text(tmp_path):
     pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
     files = GOLDEN["cases"]["json, more tokens"]["files"] | {"generation_config.json": {"eos_token_id": [335, 3]}}
-    assert tokenizer_of(tmp_path / "c", files, 336, eos_token_id=[1, 2]).eos == {1, 2, 3, 331, 335}
+    assert tokenizer_of(tmp_path / "c", files, 337, eos_token_id=[1, 2]).eos == {1, 2, 3, 331, 335}
     shutil.copy(tmp_path / "c" / "tokenizer.json", tmp_path / "t.json")
     limited = BASE | {"truncation": {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}}
     (tmp_path / "c" / "tokenizer.json").write_text(json.dumps(limited))
@@ -260,7 +260,7 @@ def test_where_a_template_stands(tmp_path):
 
 @pytest.mark.parametrize("template, message", [
     ("{% if %}", "not a template"), ("{{ 'a' | nosuch }}", "not a template"),
-    ("{{ raise_exception('no system here') }}", "no system here"), ("{{ messages[5].content }}", "cannot be filled in"),
+    ("{{ raise_exception('no system\\nhere') }}", "no system here"), ("{{ messages[5].content }}", "cannot be filled in"),
     ("{{ 1 / 0 }}", "cannot be filled in"), ("{{ messages + 3 }}", "cannot be filled in"),
     ("{{ ''.__class__.__mro__ }}", "cannot be filled in"), ("{{ messages.append(1) }}", "cannot be filled in"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot be filled in"),

@@ -43,7 +43,8 @@ def decoder(first, *more):
     return {str(first + i): plain | {"content": text} | flags for i, (text, flags) in enumerate(tokens)}
 
 
-FLAGGED = (("<tool>", {"lstrip": True, "rstrip": True}), ("tool", {"single_word": True, "normalized": True}))
+FLAGGED = (("<tool>", {"lstrip": True, "rstrip": True}), ("tool", {"single_word": True, "normalized": True}),
+           ("<tool>now", {}))
 
 
 def sentencepiece_cases(model):
