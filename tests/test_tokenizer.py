@@ -260,7 +260,8 @@ def test_where_a_template_stands(tmp_path):
 
 @pytest.mark.parametrize("template, message", [
     ("{% if %}", "not a template"), ("{{ 'a' | nosuch }}", "not a template"),
-    ("{{ raise_exception('no system\\nhere') }}", "no system here"), ("{{ messages[5].content }}", "cannot be filled in"),
+    ("{{ raise_exception('no system\\nhere') }}", "no system here"),
+    ("{{ messages[5].content }}", "cannot be filled in"),
     ("{{ 1 / 0 }}", "cannot be filled in"), ("{{ messages + 3 }}", "cannot be filled in"),
     ("{{ ''.__class__.__mro__ }}", "cannot be filled in"), ("{{ messages.append(1) }}", "cannot be filled in"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot be filled in"),
@@ -279,6 +280,12 @@ def test_a_template_has_what_transformers_gives_one(tmp_path):
     assert chat_of(tmp_path / "c", given).render(start=True) == '4{"a": "<ü>"}[\n 1\n]None</s>'
     # Only for questions: then nothing is known of how an answer ends.
     assert chat_of(tmp_path / "d", "{% if messages|length > 1 %}{{ raise_exception('x') }}{% endif %}a").eos == set()
+
+
+def test_only_the_token_right_after_an_answer_ends_it(tmp_path):
+    pytest.importorskip("jinja2", reason="the optional package jinja2 is not installed")
+    assert chat_of(tmp_path / "c", "{{ messages[-1].content }}\n</s><s>next").eos == {2}
+    assert chat_of(tmp_path / "d", "<s>{{ messages[-1].content }}\n").eos == set()
 
 
 def test_chat_without_jinja2(tmp_path, monkeypatch):
