@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from model import INPUTS, PLAIN, rope, wide
 from support.checkpoint import Checkpoint
 from support.script import check_writable, parser, pick_device, run
-from support.texts import (Tokenizer, digest, is_array, own_windows, rows_of, token_array,
-                           too_short, with_defaults)
+from support.texts import (digest, is_array, own_windows, rows_of, token_array, too_short,
+                           with_defaults)
+from support.tokenizer import Tokenizer
 
 
 # ------------------------------------------------------------ windows

@@ -20,8 +20,9 @@ from model import to_logits
 from support.checkpoint import Checkpoint
 from support.script import (InputError, check_writable, parser, pick_device, run,
                             write_json)
-from support.texts import (Tokenizer, is_array, own_windows, rows_of, token_array, too_short,
+from support.texts import (is_array, own_windows, rows_of, token_array, too_short,
                            with_defaults)
+from support.tokenizer import Tokenizer
 
 
 def evaluation_windows(text, ckpt, seqlen=2048):

@@ -2,6 +2,7 @@
 
     python generate.py --ckpt out/demo-air-0.6 --prompt "def main("
     python generate.py --ckpt out/demo-air-0.6 --prompt-file prompts.txt --stats
+    python generate.py --ckpt out/vicuna-0.6 --chat --prompt "Who are you?"
 
 Decoding reads every weight and the whole cache once a token, so what is cached decides
 what compression saves. O1: keys are rotated once, when they are written. O2: values are
@@ -24,7 +25,8 @@ from model import rope, rotate, wide
 from support.checkpoint import Checkpoint
 from support.fast import Graphs, Matrix, SharedInput, align
 from support.script import InputError, free_bytes, parser, pick_device, run
-from support.texts import Continuation, Tokenizer, read_prompts, typed
+from support.texts import read_prompts, typed
+from support.tokenizer import Chat, Continuation, Tokenizer
 
 CHUNK = 2048   # columns × rows of one piece of a prompt: bounds the memory of the prefill
 
@@ -485,6 +487,9 @@ def parse_arguments():
     what.add_argument("--prompt", type=typed, default="import ")
     what.add_argument("--prompt-file",
                       help="one prompt a line, blank lines left out; one batch")
+    p.add_argument("--chat", action="store_true",
+                   help="a prompt is a message in the checkpoint's chat template")
+    p.add_argument("--system", type=typed, help="with --chat: the system message before it")
     p.add_argument("--max-new-tokens", type=int, default=100)
     p.add_argument("--temperature", type=float, default=0.8,
                    help="0 takes the most likely token (default 0.8)")
@@ -521,6 +526,8 @@ def check_arguments(args):
             raise InputError(f"{option} is {value}; expected {expected}")
     if not args.prompt:
         raise InputError("the prompt is empty; expected some text")
+    if args.system is not None and not args.chat:
+        raise InputError("--system is part of a chat template; add --chat")
 
 
 def speed_line(decoder, marks):
@@ -544,22 +551,28 @@ def main():
         prompts = read_prompts(args.prompt_file)
     ckpt = Checkpoint(args.ckpt)
     tokenizer = Tokenizer(ckpt)
+    eos = tokenizer.endings(args.stop)
     device, dtype, why = pick_device(args.device, args.dtype)
     print(f"{args.ckpt} on {device}, {str(dtype)[6:]} ({why})", file=sys.stderr)
     ids = [tokenizer.bos + tokenizer.encode(prompt) for prompt in prompts]
+    # What is printed before the first new token, and its ids: of a chat, nothing.
+    starts = [(prompt, row[len(tokenizer.bos):]) for prompt, row in zip(prompts, ids)]
+    if args.chat:
+        chat = Chat(tokenizer, args.system)
+        eos |= chat.eos
+        ids = [chat.encode(prompt) for prompt in prompts]
+        starts = [("", ())] * len(ids)
     check_prompts(ids, ckpt.cfg)
     decoder = Decoder(ckpt.model(device, dtype), **{name: False for name in args.off})
 
     # One prompt is printed as it grows, several when all have ended.
     live = len(ids) == 1
-    texts = []
-    for prompt, row in zip(prompts, ids):
-        texts.append(Continuation(prompt, row, tokenizer, args.stop, live))
+    texts = [Continuation(*start, tokenizer, args.stop, live) for start in starts]
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
                 "penalty": args.repetition_penalty, "seed": args.seed}
     begin = time.perf_counter()
     marks = []                                      # (seconds so far, tokens) of a step
-    for drawn in generate(decoder, ids, args.max_new_tokens, tokenizer.eos,
+    for drawn in generate(decoder, ids, args.max_new_tokens, eos,
                           lambda b, token: texts[b].push(token), **sampling):
         tokens = sum(token is not None for token in drawn)
         marks.append((time.perf_counter() - begin, tokens))

@@ -1,4 +1,4 @@
-"""Texts and tokens: named corpora or files, tokenizers, arrays of token ids, defaults."""
+"""Texts and tokens: named corpora or files, arrays of token ids, defaults."""
 import functools
 import gzip
 import hashlib
@@ -15,7 +15,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 import torch
 
 from support.script import ROOT, InputError, sha256
@@ -219,72 +218,11 @@ def rows_of(text, split):
     return file_rows(Path(text))
 
 
-# ------------------------------------------------------------ tokens
+# ------------------------------------------------------------ windows of tokens
 def too_short(text, tokens, seqlen):
     return InputError(f"{text} is good for {tokens} tokens, fewer than one window of "
                       f"{seqlen} (calibration draws each from ten characters a token); "
                       "give more text or a smaller --seqlen")
-
-
-class Tokenizer:
-    """tokenizer.model (SentencePiece) or tokenizer.json beside a checkpoint.
-
-    encode(text) -> ids, decode(ids) -> text, `bos` (a list of 0 or 1 ids), `eos` (a set
-    of ids). Raises InputError when there is none, it cannot be read, or its vocabulary is
-    not the model's.
-    """
-
-    def __init__(self, ckpt):
-        sp = ckpt.folder / "tokenizer.model"
-        js = ckpt.folder / "tokenizer.json"
-        if sp.is_file():
-            self.read_sentencepiece(sp)
-        elif js.is_file():
-            self.read_json(js)
-        else:
-            raise InputError(f"{ckpt.folder} has no tokenizer.model or tokenizer.json; "
-                             "put the one that came with it there")
-        vocab = ckpt.cfg.vocab
-        if not 0.9 * vocab <= self.size <= vocab:
-            raise InputError(f"the tokenizer in {ckpt.folder} has {self.size:,} pieces, "
-                             f"the model {vocab:,}; use the model's own")
-        if self.eos is None:
-            self.eos = ckpt.raw.get("eos_token_id")
-        named = self.eos if isinstance(self.eos, list) else [self.eos]
-        self.eos = set(named) - {None}
-
-    def read_sentencepiece(self, path):
-        try:
-            pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except Exception:
-            raise InputError(f"{path} is not a SentencePiece model; use the weights' "
-                             "own, or remove it where a tokenizer.json lies beside "
-                             "it") from None
-        self.size = size = pieces.vocab_size()
-        self.encode = pieces.encode
-        # A padded vocabulary has ids without a piece.
-        self.decode = lambda ids: pieces.decode([i for i in ids if i < size])
-        self.bos = [pieces.bos_id()] if pieces.bos_id() >= 0 else []
-        self.eos = pieces.eos_id()
-
-    def read_json(self, path):
-        try:
-            import tokenizers
-        except ImportError:
-            raise InputError(f"{path} needs the package tokenizers; "
-                             "install it: pip install tokenizers") from None
-        try:
-            pieces = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as e:
-            raise InputError(f"{path} cannot be read ({e}); "
-                             "use the one that came with the weights") from None
-        pieces.no_truncation()
-        pieces.no_padding()
-        self.size = pieces.get_vocab_size()
-        self.encode = lambda text: pieces.encode(text, add_special_tokens=False).ids
-        self.decode = pieces.decode
-        self.bos = pieces.encode("").ids[:1]        # what it puts before an empty text
-        self.eos = None                             # config.json says
 
 
 def token_array(text, ckpt):
@@ -349,46 +287,7 @@ def digest(windows):
     return hashlib.sha256(shape + windows.contiguous().numpy().tobytes()).hexdigest()
 
 
-# ------------------------------------------------------------ prompts and what follows
-class Continuation:
-    """One prompt and its continuation, printed as it grows when `live`."""
-
-    def __init__(self, prompt, ids, tokenizer, stops, live):
-        self.ids = ids[len(tokenizer.bos):]
-        self.decode = tokenizer.decode
-        self.stops = stops
-        self.live = live
-        self.prompt = self.text = prompt
-        # Characters of the prompt, decoded.
-        self.before = len(tokenizer.decode(self.ids))
-        self.shown = 0
-
-    def push(self, token):
-        """The `stop` of `generate`: take a token; true once a stop text has appeared.
-
-        The stop text is cut.
-        """
-        self.ids.append(token)
-        more = self.decode(self.ids)[self.before:]
-        found = [more.find(stop) for stop in self.stops if stop in more]
-        ended = bool(found)
-        self.text = self.prompt + (more[:min(found)] if ended else more)
-        if self.live:
-            held = 0 if ended else self.held_back(more)
-            until = len(self.text) - held
-            print(self.text[self.shown:until], end="", flush=True)
-            self.shown = max(self.shown, until)
-        return ended
-
-    def held_back(self, more):
-        """How many characters wait: an incomplete one, or what may begin a stop text."""
-        if more.endswith("\ufffd"):
-            return len(more)
-        begun = [n for stop in self.stops for n in range(1, len(stop))
-                 if more.endswith(stop[:n])]
-        return max(begun, default=0)
-
-
+# ------------------------------------------------------------ prompts
 def read_prompts(path):
     """The lines of the file `path` that are not blank.
 

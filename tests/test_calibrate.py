@@ -13,6 +13,7 @@ from conftest import ROOT, SHARED, distance, write_checkpoint
 from model import LAYERS, READS
 from support.checkpoint import Checkpoint
 from support.script import InputError
+from support.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_evaluation_windows_are_disjoint_and_cover_the_text(demo, tmp_path):
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": f"import module{i}"}) for i in range(90)))
     windows, tokens, per_byte = evaluation_windows(str(tmp_path / "t.jsonl"), demo, 16)
     joined = "\n\n".join(f"import module{i}" for i in range(90))
-    ids = [1] + T.Tokenizer(demo).encode(joined)
+    ids = [1] + Tokenizer(demo).encode(joined)
     assert (
         windows.flatten().tolist() == ids[: len(ids) // 16 * 16]
         and tokens == len(ids)
@@ -143,27 +144,3 @@ def test_jsonl_keeps_unusual_line_breaks_and_names_the_bad_line(tmp_path):
 
 def test_digest_knows_the_shape(windows):
     assert T.digest(windows) != T.digest(windows.reshape(24, 6)) and T.digest(windows) == T.digest(windows.clone())
-
-
-def test_tokenizer_json(tmp_path, monkeypatch):
-    tokenizers = pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
-    folder = write_checkpoint(tmp_path / "c", vocab_size=64, eos_token_id=[1, 2])
-    t = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({"<s>": 0, **{f"w{i}": i for i in range(1, 64)}}, unk_token="w1")
-    )
-    t.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    t.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    t.enable_truncation(4)
-    t.save(str(folder / "tokenizer.json"))
-    found = T.Tokenizer(Checkpoint(folder))
-    assert (found.bos, found.eos, found.encode("w5 w6 w7 w8 w9 w3")) == ([0], {1, 2}, [5, 6, 7, 8, 9, 3])
-    (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be read"):
-        T.Tokenizer(Checkpoint(folder))
-
-
-def test_tokenizer_json_without_its_package(tiny, monkeypatch):
-    (tiny / "tokenizer.json").write_text("{}")
-    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
-    with pytest.raises(InputError, match="pip install tokenizers"):
-        T.Tokenizer(Checkpoint(tiny))

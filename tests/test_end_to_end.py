@@ -457,7 +457,7 @@ def test_one_length_serves_calibration_and_a_stream_of_tokens(job, tmp_path, air
 def test_tokenizer_of_another_vocabulary(job, tmp_path, monkeypatch):
     ckpt, arguments, _ = job
     shutil.copy(ROOT / "demo" / "tokenizer.model", ckpt)
-    refuse(monkeypatch, tmp_path, [*arguments, "--text", "stdlib"], "2,048 pieces, the model 64")
+    refuse(monkeypatch, tmp_path, [*arguments, "--text", "stdlib"], "2,048 ids, the embedding 64 rows")
     (ckpt / "tokenizer.model").write_bytes(b"not one")
     refuse(monkeypatch, tmp_path, [*arguments, "--text", "stdlib"], "not a SentencePiece model")
 

@@ -19,6 +19,7 @@ ORDER = [
     "support.config",
     "support.checkpoint",
     "support.texts",
+    "support.tokenizer",
     "calibrate",
     "influence",
     "eval_ppl",
