@@ -28,14 +28,14 @@ from influence import SIGNALS, backward_sweep, check_signal, start_gradient
 from model import LAYERS, READS
 from support import fast, large, report
 from support.checkpoint import Checkpoint, Writer, part_of, result_bytes
-from support.script import (InputError, Progress, Stopwatch, check_apart, check_writable,
-                            code_digest, parser, peak_memory, pick_blocks, pick_device,
-                            run, write_json)
+from support.progress import Progress, Stopwatch
+from support.script import (InputError, check_apart, check_writable, code_digest, parser,
+                            peak_memory, pick_blocks, pick_device, run, write_json)
 from support.texts import digest, own_windows, with_defaults
 
 # Where both sides are as wide, support/fast.py computes the same with less work; math.inf
 # keeps to the lines here.
-FAST_FROM = 512
+FAST_FROM = fast.FROM
 
 
 # ------------------------------------------------------------ the method
@@ -239,14 +239,14 @@ def statistics(ckpt, windows, device, dtype, blocks, signal=None):
         for _ in forward_sweep(ckpt, embed(ckpt, windows, dtype), device, keep=inputs):
             pass
         g = start_gradient(ckpt, windows, inputs.pop(ckpt.cfg.n_layers), device, signal)
+        for l in range(min(blocks)):                   # no gradient has to get there
+            del inputs[l]
         # ΣXXᵀ is taken from the forward recomputed on the way back, where I is, too.
         sweep = backward_sweep(ckpt, inputs, g, device, signal, gram=True)
     for l, stats in sweep:
         if l in blocks:
             yield l, stats
         del stats                                  # before the next block's are collected
-        if signal and l == min(blocks):
-            return
 
 
 @dataclass
@@ -502,7 +502,6 @@ def parse_arguments():
     p.add_argument("--overwrite", action="store_true",
                    help="replace an existing output folder once the new one is whole")
     p.add_argument("--json", metavar="FILE", help="write the results to FILE")
-    p.add_argument("--quiet", action="store_true", help="print the results only")
     return p.parse_args()
 
 
@@ -553,6 +552,7 @@ def make_plan(job, need):
     signal = job.options.backward
     shape = job.windows.shape
     plan = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, signal)
+    plan.seconds["solve"] *= max(1, job.options.sweeps)
     spill = job.spill if signal else None                   # other methods keep no inputs
     plan.place((f"{job.out}.partial", need), spill, job.stats)
     plan.check()
@@ -591,7 +591,7 @@ def solve_block(job, l, stats, progress):
 
 def main():
     args = parse_arguments()
-    progress = Progress(args.quiet)
+    progress = Progress(args.quiet).listen()
     watch = Stopwatch()
 
     # Every check, before the first matrix product.
@@ -612,7 +612,7 @@ def main():
         if len(left) < len(job.blocks):
             progress.say(f"going on: {len(job.blocks) - len(left)} of {len(job.blocks)} "
                          f"blocks are finished in {job.out}.partial")
-        progress.begin(len(left) * len(LAYERS))
+        progress.begin(len(left) * len(LAYERS), plan.pace)
         watch.lap("prepare")
         for l, stats in large.divide(sweep_of(job, left)):
             watch.lap("statistics")

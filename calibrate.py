@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from model import INPUTS, PLAIN, rope, wide
 from support.checkpoint import Checkpoint
+from support.progress import Progress, told
 from support.script import check_writable, parser, pick_device, run
 from support.texts import (Tokenizer, digest, own_windows, rows_of, token_array,
                            too_short, with_defaults)
@@ -104,7 +105,7 @@ def block_forward(block, h, out, angles, gram):
     device = angles[0].device
     N, T, _ = h.shape
     batch = max(1, 1024 // T)                               # about a thousand tokens
-    for i in range(0, N, batch):
+    for i in told("windows", range(0, N, batch)):
         seen = {}
         ops = recording(PLAIN, seen) if gram else PLAIN
         out[i:i + batch] = block(h[i:i + batch].to(device), angles, ops)
@@ -124,7 +125,7 @@ def forward_sweep(ckpt, h, device, gram=False, keep=None, blocks=None):
     """
     blocks = range(ckpt.cfg.n_layers) if blocks is None else blocks
     angles = rope(ckpt.cfg, h.shape[1], device)
-    for l in blocks:
+    for l in told("forward sweep: block", blocks):
         # The input is kept for the backward sweep, or overwritten.
         out = h
         if keep is not None:
@@ -147,6 +148,7 @@ def add_calibration_arguments(p):
                    help="tokens a window, both texts (default 2048; demo 256)")
     p.add_argument("--seed", type=int, default=3,
                    help="of the windows' starts (default 3)")
+    p.add_argument("--quiet", action="store_true", help="print the results only")
 
 
 def main():
@@ -155,6 +157,7 @@ def main():
     p.add_argument("--out", help="write the windows (N, T) to this .npy file")
     args = p.parse_args()
     check_writable(args.out)
+    Progress(args.quiet).listen()
     ckpt = Checkpoint(args.ckpt)
     device, dtype, _ = pick_device(args.device, args.dtype)
     text, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from calibrate import embed, forward_sweep
 from model import to_logits
 from support.checkpoint import Checkpoint
+from support.progress import Progress, told
 from support.script import (InputError, check_writable, parser, pick_device, run,
                             write_json)
 from support.texts import (Tokenizer, own_windows, rows_of, token_array, too_short,
@@ -82,7 +83,7 @@ def evaluate(ckpt, windows, device, dtype, against=None):
     nll = js = torch.zeros((), dtype=torch.float64, device=device)
     nonfinite = 0
     batch = max(1, 2**23 // (windows.shape[1] * ckpt.cfg.vocab))
-    for i in range(0, len(windows), batch):
+    for i in told("head: windows", range(0, len(windows), batch)):
         # Every token but the last predicts the next one.
         targets = windows[i:i + batch, 1:].to(device)
         logits = []
@@ -125,6 +126,7 @@ def parse_arguments():
     p.add_argument("--against", metavar="DENSE",
                    help="also report the Jensen-Shannon divergence to this checkpoint")
     p.add_argument("--json", metavar="FILE", help="write the results to FILE")
+    p.add_argument("--quiet", action="store_true", help="print the results only")
     return p.parse_args()
 
 
@@ -142,6 +144,7 @@ def open_both(args):
 
 def main():
     args = parse_arguments()
+    progress = Progress(args.quiet).listen()
     check_writable(args.json)
     ckpt, against = open_both(args)
     device, dtype, why = pick_device(args.device, args.dtype)
@@ -151,7 +154,7 @@ def main():
         with_defaults(against, text, None, seqlen)
     windows, tokens, tokens_per_byte = evaluation_windows(text, ckpt, seqlen)
 
-    print(f"{args.ckpt} on {device}, {str(dtype)[6:]} ({why})", file=sys.stderr)
+    progress.say(f"{args.ckpt} on {device}, {str(dtype)[6:]} ({why})")
     dense = last_states(against, windows, device, dtype) if against else None
     result = evaluate(ckpt, windows, device, dtype, dense)
     bits = bits_per_byte(result, tokens_per_byte)

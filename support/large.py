@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from calibrate import embed, forward_sweep
 from influence import backward_sweep, start_gradient
+from support import fast
 from support.checkpoint import TensorFolder
 from support.script import InputError, check_space, code_digest, free_bytes
 from support.texts import digest
@@ -127,6 +128,9 @@ class Spill:
             self.folder.save(self.file(l), {"h": h})
         self.blocks.add(l)
 
+    def __delitem__(self, l):
+        self.blocks.discard(l)
+
     def pop(self, l):
         self.blocks.discard(l)
         return self.folder.load(self.file(l))["h"]
@@ -173,9 +177,6 @@ class Kept:
                     stats.update(self.load(l, ["gram"], device))
                 yield l, stats
             del stats                           # before the next block's are collected
-            # Below the last block wanted the gradient is of no use.
-            if signal and l == min(todo):
-                break
         if signal and self.spill:
             self.inputs.remove()
 
@@ -237,6 +238,9 @@ class Kept:
                 ckpt, windows, self.inputs.pop(last), device, self.signal)
         else:
             self.g = self.stored.load(self.gradient(top))["g"].clone()
+        # Below the last block wanted the gradient is of no use.
+        for l in [l for l in self.inputs if l < min(todo)]:
+            del self.inputs[l]
         return backward_sweep(ckpt, self.inputs, self.g, device, self.signal, gram=True)
 
     def forward(self, ckpt, windows, device, dtype, stop):
@@ -295,17 +299,18 @@ def machine_rates(device, dtype):
 
 def solve_costs(cut):
     """(FLOP of Cholesky, WS and truncated SVD, FLOP of an ALS sweep, its bytes), fp32."""
-    factor = passed = 0
+    factor = products = moved = 0
     for m, n, k in cut.values():
         cholesky = n**3 / 3
         profiled = 2 * m * n * n
         # fast.truncated_svd: WᵀW's triangle, eigenvectors, the product with k of them.
         svd = 1.1 * m * n * min(m, n) + 12 * min(m, n)**3 + 2 * m * n * k
         factor += cholesky + profiled + svd
-        passed += k * m * n
-    # fast.als_sweep: 17 products with a vector a rank; 3.75 passes over m×n numbers of 4
-    # bytes.
-    return factor, 34 * passed, 15 * passed
+        # 17 products with a vector a rank. Of m×n numbers of 4 bytes fast.als_sweep makes
+        # 3.75 passes a rank, air.als_sweep 25.
+        products += 34 * k * m * n
+        moved += (15 if min(m, n) >= fast.FROM else 100) * k * m * n
+    return factor, products, moved
 
 
 def block_sizes(cfg):
@@ -368,7 +373,7 @@ class Plan:
     """
 
     device: torch.device
-    minutes: float
+    seconds: dict               # {"forward sweep", "backward sweep", "solve": seconds}
     rates: tuple                # what machine_rates measured
     held: dict                  # {what: bytes}, of `costs`
     inputs: float               # bytes of block inputs in the host's memory
@@ -401,6 +406,11 @@ class Plan:
                                  f"{advice}")
         check_space(*self.disk.values())
 
+    @property
+    def pace(self):
+        """{stage: seconds} to hold a run on a CPU against; a GPU waits for other things."""
+        return self.seconds if self.device.type == "cpu" else {}
+
     def line(self):
         """The plan in one line."""
         parts = [f"{(self.inputs + self.solving) / 1e9:.2f} GB of memory"]
@@ -409,7 +419,8 @@ class Plan:
         for what, (_, size) in self.disk.items():
             parts.append(f"{what} {size / 1e9:.2f} GB")
         flops, _, moved = self.rates
-        return (f"plan: about {self.minutes:.1f} min to the factors, {', '.join(parts)} "
+        minutes = sum(self.seconds.values()) / 60
+        return (f"plan: about {minutes:.1f} min to the factors, {', '.join(parts)} "
                 f"(measured: {flops / 1e9:,.0f} GFLOP/s, {moved / 1e9:.0f} GB/s)")
 
 
@@ -418,8 +429,17 @@ def make_plan(cfg, cut, windows, device, dtype, signal):
     stages, held = costs(cfg, cut, windows, dtype.itemsize, signal)
     rates = machine_rates(device, dtype)
     _, world = processes()
-    seconds = sum(work / rate for stage in stages.values()
-                  for work, rate in zip(stage, rates))
-    minutes = seconds / world / 60
+    takes = {}
+    for stage, works in stages.items():
+        takes[stage] = sum(work / rate for work, rate in zip(works, rates)) / world
+    # The way back recomputes the forward pass and collects ΣXXᵀ.
+    forward = takes["sweeps"] / (4 if signal else 1)
+    backward = takes["sweeps"] - forward
+    if signal:
+        backward += takes["ΣXXᵀ"]
+    else:
+        forward += takes["ΣXXᵀ"]
+    seconds = {"forward sweep": forward, "backward sweep": backward,
+               "solve": takes["Cholesky and SVD"] + takes["ALS"]}
     solving = held["block"] * world if device.type == "cpu" else 0
-    return Plan(device, minutes, rates, held, held["inputs"], solving)
+    return Plan(device, seconds, rates, held, held["inputs"], solving)

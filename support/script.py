@@ -10,11 +10,12 @@ import re
 import resource
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+
+from support.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 # What stands below this line of a script arranges and prints; it computes nothing that is
@@ -219,46 +220,6 @@ def code_digest(*files):
 
 
 # ------------------------------------------------------------ running
-class Progress:
-    """Lines on stderr while a run goes on, from the first process only.
-
-    None when `quiet`.
-    """
-
-    def __init__(self, quiet=False):
-        self.silent = quiet or os.environ.get("RANK", "0") != "0"
-
-    def say(self, line):
-        if not self.silent:
-            print(line, file=sys.stderr, flush=True)
-
-    def begin(self, total):
-        """From now on `total` steps are to be done."""
-        self.total = total
-        self.done = 0
-        self.began = time.time()
-
-    def step(self, line, steps=1):
-        """`line` with the time left, now that `steps` more are done."""
-        self.done += steps
-        a_step = (time.time() - self.began) / self.done
-        left = a_step * max(0, self.total - self.done)
-        self.say(f"{line}  {left:5.0f} s left")
-
-
-class Stopwatch:
-    """Seconds a stage: lap(stage) counts the time since the last lap for it."""
-
-    def __init__(self):
-        self.seconds = {}
-        self.mark = time.time()
-
-    def lap(self, stage):
-        now = time.time()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.mark
-        self.mark = now
-
-
 def failure(error):
     """(exit code, sentence) of an error that a user can do something about, or None."""
     text = str(error) or type(error).__name__
@@ -292,5 +253,7 @@ def run(main):
         if known is None:
             raise
         code, message = known
+    if Progress.running:
+        Progress.running.erase()
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)
