@@ -492,6 +492,8 @@ def parse_arguments():
     add_calibration_arguments(p)
     p.add_argument("--text", help="evaluation text, or none (default: the test part of "
                    "the --calib text; a file as it is)")
+    p.add_argument("--windows", type=int, metavar="N", help="evaluate on N evenly spaced "
+                   "windows of the text's (default: all)")
     p.add_argument("--layers", default=":", metavar="A:B",
                    help="compress blocks A to B-1 only (default: all)")
     p.add_argument("--stats", metavar="DIR", help="keep statistics here and use them "
@@ -505,14 +507,14 @@ def parse_arguments():
     return p.parse_args()
 
 
-def evaluation(text, ckpt, seqlen, asked):
-    """What evaluation_windows returns; None for the text "none". `asked`: --seqlen."""
+def evaluation(text, ckpt, seqlen, args):
+    """What evaluation_windows returns; None for the text "none"."""
     if text == "none":
         return None
     # A .npy file of windows brings their length.
-    length = seqlen if own_windows(text, ckpt) is None else asked
+    length = seqlen if own_windows(text, ckpt) is None else args.seqlen
     _, _, length = with_defaults(ckpt, text, None, length)
-    return evaluation_windows(text, ckpt, length)
+    return evaluation_windows(text, ckpt, length, args.windows)
 
 
 def prepare(args):
@@ -535,7 +537,7 @@ def prepare(args):
     if METHODS[options.method].reads != "nothing":
         windows = calibration_windows(calib, ckpt, samples, seqlen, args.seed)
     text = args.text or calib
-    held_out = evaluation(text, ckpt, windows.shape[1], args.seqlen)
+    held_out = evaluation(text, ckpt, windows.shape[1], args)
     out = args.out or f"out/{ckpt.name}-{options.method}-{args.rate:g}"
     check_apart(out, stats=args.stats, spill=args.spill, json=args.json)
     device = large.start_processes(device)
