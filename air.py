@@ -527,6 +527,7 @@ def prepare(args):
     if args.sweeps < 0 or not 0 <= args.delta < math.inf:
         raise InputError(f"--sweeps is {args.sweeps} and --delta {args.delta}; "
                          "expected both to be 0 or more")
+    ckpt.extras()                           # what cannot be copied at the end is said now
     options = Options(**{each.name: getattr(args, each.name) for each in fields(Options)})
     blocks = pick_blocks(args.layers, ckpt.cfg.n_layers)
     ranks = pick_ranks(ckpt, blocks, args.rate)
@@ -562,13 +563,18 @@ def make_plan(job, need):
 
 
 def sweep_of(job, blocks):
-    """(l, stats) of `blocks`, by `statistics` above or support/large.py's form of it."""
+    """(l, stats) of `blocks`, by `statistics` above or support/large.py's form of it.
+
+    Raises InputError for kept statistics of another run.
+    """
     if METHODS[job.options.method].reads == "nothing":
         return ((l, {}) for l in blocks)
-    kept = job.stats or job.spill or large.processes()[1] > 1
-    collect = large.Kept(job.stats, job.spill).statistics if kept else statistics
-    signal = job.options.backward
-    return collect(job.ckpt, job.windows, job.device, job.dtype, blocks, signal)
+    arguments = job.ckpt, job.windows, job.device, job.dtype, blocks, job.options.backward
+    if not (job.stats or job.spill or large.processes()[1] > 1):
+        return statistics(*arguments)
+    kept = large.Kept(job.stats, job.spill)
+    kept.open(job.ckpt, job.windows, job.dtype, blocks, job.options.backward)
+    return kept.statistics(*arguments)
 
 
 def solve_block(job, l, stats, progress):
@@ -607,16 +613,17 @@ def main():
 
     # Block by block: collect its statistics, replace its weights by factors, write them.
     with writer:
-        progress.say(report.header(job, args.seed))
-        progress.say(plan.line())
         done = writer.done if first else {}
         left = large.from_first([l for l in job.blocks if part_of(l) not in done])
+        sweep = sweep_of(job, left)
+        progress.say(report.header(job, args.seed))
+        progress.say(plan.line())
         if len(left) < len(job.blocks):
             progress.say(f"going on: {len(job.blocks) - len(left)} of {len(job.blocks)} "
                          f"blocks are finished in {job.out}.partial")
         progress.begin(len(left) * len(LAYERS), plan.pace)
         watch.lap("prepare")
-        for l, stats in large.divide(sweep_of(job, left)):
+        for l, stats in large.divide(sweep):
             watch.lap("statistics")
             part = None if l is None else solve_block(job, l, stats, progress)
             del stats

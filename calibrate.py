@@ -7,6 +7,7 @@ on:
 
 Shapes: N windows, T tokens a window, n inputs of a layer.
 """
+import io
 import random
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from model import INPUTS, PLAIN, rope, wide
 from support.checkpoint import Checkpoint
 from support.progress import Progress, told
-from support.script import check_writable, parser, pick_device, run
+from support.script import check_writable, parser, pick_device, run, write_result
 from support.texts import (Tokenizer, digest, own_windows, rows_of, token_array,
                            too_short, with_defaults)
 
@@ -165,8 +166,9 @@ def main():
     print(f"{text}: {windows.shape[0]} windows of {windows.shape[1]} tokens, "
           f"sha256 {digest(windows)[:16]}")
     if args.out:
-        with open(args.out, "wb") as f:
-            np.save(f, windows.numpy())
+        content = io.BytesIO()
+        np.save(content, windows.numpy())
+        write_result(args.out, content.getvalue())
     print("block  condition number of ΣXXᵀ, for each distinct layer input")
     for l, stats in forward_sweep(ckpt, embed(ckpt, windows, dtype), device, gram=True):
         conditions = []

@@ -4,6 +4,7 @@ Statistics kept, spilled and divided, a division of the work, a plan.
 """
 import math
 import os
+import re
 import shutil
 import timeit
 from dataclasses import dataclass, field
@@ -23,16 +24,45 @@ SWEEPS = ("model.py", "calibrate.py", "influence.py")       # what computes stat
 
 
 # ------------------------------------------------------------ several processes
+def number(name, least, most, default=None):
+    """A whole number that torchrun puts in the environment. Raises InputError."""
+    found = os.environ.get(name) or default
+    if found is None or not re.fullmatch("[0-9]+", found) or not least <= int(found) <= most:
+        upper = "" if most == math.inf else f" to {most}"
+        world = os.environ["WORLD_SIZE"]
+        raise InputError(f"{name} is {found or 'not set'}, and WORLD_SIZE is {world}; "
+                         f"expected a whole number, {least}{upper or ' or more'}: start "
+                         "with torchrun, which sets them, or unset WORLD_SIZE")
+    return int(found)
+
+
 def start_processes(device):
     """Join the other processes of a torchrun; returns this one's device.
 
-    They talk through gloo on CPUs, nccl on GPUs. Alone, nothing happens.
+    They talk through gloo on CPUs, nccl on GPUs. Alone, nothing happens. Raises
+    InputError for what is amiss in the environment, and where they cannot be joined.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+    world = number("WORLD_SIZE", 1, math.inf, "1")
+    if world == 1:
+        return device
+    number("RANK", 0, world - 1)
+    port = number("MASTER_PORT", 1, 2**16 - 1)
+    address = os.environ.get("MASTER_ADDR")
+    if not address:
+        raise InputError(f"WORLD_SIZE is {world} and MASTER_ADDR is not set; start with "
+                         "torchrun, which sets it, or unset WORLD_SIZE")
+    if device.type == "cuda":
+        local = number("LOCAL_RANK", 0, torch.cuda.device_count() - 1)
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError, OSError) as e:
+        reason = str(e).strip().split("\n")[0][:200]
+        raise InputError(f"the {world} processes could not be joined at {address}, port "
+                         f"{port} ({reason}); expected a free port that all of them "
+                         "reach: give torchrun another --master_port, check "
+                         "GLOO_SOCKET_IFNAME and that all were started") from None
     return device
 
 
@@ -108,6 +138,7 @@ class Spill:
 
     def __init__(self, path, facts):
         self.folder = TensorFolder(path, facts)
+        self.folder.keep_others_out()
         self.blocks = {int(name.split("_")[1][:3]) for name in self.folder.files}
 
     def file(self, l):
@@ -139,6 +170,7 @@ class Spill:
         # First: what a kill leaves is then no spill.
         self.folder.manifest.unlink(missing_ok=True)
         shutil.rmtree(self.folder.path)
+        self.folder.release()
 
 
 class Kept:
@@ -154,11 +186,13 @@ class Kept:
     def __init__(self, folder=None, spill=None):
         self.folder = folder
         self.spill = spill
+        self.kinds = None               # files of a block, once the folders are open
 
     def statistics(self, ckpt, windows, device, dtype, blocks, signal=None):
         """Yield (l, stats) of each of `blocks`, in any order, as air.statistics does."""
         rank, world = processes()
-        self.open(ckpt, windows, dtype, signal)
+        if self.kinds is None:
+            self.open(ckpt, windows, dtype, blocks, signal)
         todo = [l for l in blocks if not self.complete(l)]
         # What an earlier run has finished.
         for l in blocks:
@@ -179,15 +213,17 @@ class Kept:
             del stats                           # before the next block's are collected
         if signal and self.spill:
             self.inputs.remove()
+        if self.stored:
+            self.stored.release()
 
-    def open(self, ckpt, windows, dtype, signal):
-        """The folders as they are found.
+    def open(self, ckpt, windows, dtype, blocks, signal):
+        """The folders as they are found, for `statistics` of the same arguments.
 
-        Raises InputError where they were made from other facts.
+        Raises InputError where they were made from other facts, or another run writes.
         """
         rank, world = processes()
         self.signal = signal
-        self.kinds = ["gram", signal] if signal else ["gram"]       # files of a block
+        self.kinds = ["gram", signal] if signal else ["gram"]
         self.stored = None
         self.inputs = {}
         self.had = {}
@@ -198,6 +234,10 @@ class Kept:
         if self.folder:
             self.stored = TensorFolder(self.folder, facts)
             self.had = dict(self.stored.files)
+            # Statistics that are whole are only read, by any number of runs.
+            if rank == 0 and not all(self.complete(l) for l in blocks):
+                self.stored.keep_others_out()
+                self.had = dict(self.stored.files)
         if signal and self.spill:
             folder = Path(self.spill) / f"{rank}of{world}"
             self.inputs = Spill(folder, facts)

@@ -18,7 +18,7 @@ import numpy as np
 import sentencepiece
 import torch
 
-from support.script import ROOT, InputError, sha256
+from support.script import ROOT, InputError, check_readable, sha256
 
 # ------------------------------------------------------------ the library's source
 NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages",
@@ -115,6 +115,7 @@ def download(name):
                              "put it there yourself, or use a text that needs no "
                              "network: stdlib, or your own .txt, .jsonl or "
                              ".npy") from None
+    check_readable(path)
     found = wanted = sha256(path)
     if pinned:
         wanted = pinned
@@ -155,6 +156,7 @@ def file_rows(path):
     if path.suffix not in (".txt", ".raw", ".jsonl"):
         raise InputError(f"the text '{path}' is unknown; expected stdlib, wikitext2, "
                          "c4, or a .txt, .raw, .jsonl or .npy file")
+    check_readable(path)
     try:
         content = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -201,6 +203,8 @@ class Tokenizer:
     def __init__(self, ckpt):
         sp = ckpt.folder / "tokenizer.model"
         js = ckpt.folder / "tokenizer.json"
+        for path in (sp, js):
+            check_readable(path)
         if sp.is_file():
             self.read_sentencepiece(sp)
         elif js.is_file():
@@ -253,6 +257,7 @@ class Tokenizer:
 
 def token_array(text, ckpt):
     """The token ids of a .npy file: 1-D (a stream) or 2-D (the windows), a LongTensor."""
+    check_readable(text)
     try:
         ids = np.load(text, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
@@ -353,6 +358,7 @@ def read_prompts(path):
 
     Raises InputError where there is none.
     """
+    check_readable(path)
     try:
         lines = Path(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
