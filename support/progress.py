@@ -157,7 +157,7 @@ class Progress:
             self.loops[i - 1].inside = self.loops[i].share
         outermost = self.loops[0]
         self.compare(outermost.name.split(":")[0], outermost.seconds, outermost.share)
-        if now - self.spoke >= (ON_TERMINAL if self.terminal else IN_LOG):
+        if loop.innermost and now - self.spoke >= (ON_TERMINAL if self.terminal else IN_LOG):
             self.show()
 
     def leave(self, loop):

@@ -2,7 +2,6 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -168,33 +167,28 @@ def test_denials_planted(tmp_path, monkeypatch):
 # ---- two runs at once
 
 
-def start(*arguments):
-    return subprocess.Popen([sys.executable, str(ROOT / "air.py"), *map(str, arguments)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 @pytest.mark.parametrize("shared", ["--out", "--stats", "--spill"])
-def test_a_second_run_is_told_and_harms_nothing(shared, tmp_path):
-    """The first is stopped within its solve; the second is refused; the first then ends as if alone."""
-    demo = ("--samples", 8, "--text", "none", "--device", "cpu", "--layers", "4:6")
+def test_a_second_run_is_told_and_harms_nothing(shared, job, tmp_path, monkeypatch, capsys):
+    """Within the first one's solve the second starts and is refused; the first then ends as if alone."""
     own = {"--out": tmp_path / "a", "--stats": tmp_path / "s", "--spill": tmp_path / "p"}
-    first = start(*demo, *(each for pair in own.items() for each in pair))
-    for line in first.stderr:
-        if "model.layers" in line:
-            break
-    first.send_signal(signal.SIGSTOP)
-    try:
+    other = {name: f"{path}2" for name, path in own.items()} | {shared: own[shared]}
+    solve_block, told = air.solve_block, []
+
+    def at_the_same_time(*arguments):
+        monkeypatch.setattr(air, "solve_block", solve_block)
         files = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
-        other = {name: f"{path}2" for name, path in own.items()} | {shared: own[shared]}
-        second = start(*demo, *(each for pair in other.items() for each in pair))
-        _, err = second.communicate(timeout=100)
-        assert second.returncode == 2 and err.count("\n") == 1 and "another run is at work in" in err, err
-        assert {path: path.read_bytes() for path in files} == files
-    finally:
-        first.send_signal(signal.SIGCONT)
-    _, err = first.communicate(timeout=200)
-    assert first.returncode == 0, err
-    assert Checkpoint(tmp_path / "a").cfg.ranks and not list(tmp_path.glob("*.partial"))
+        capsys.readouterr()
+        with pytest.raises(InputError, match="another run is at work in") as error:
+            in_process(monkeypatch, *job, *(each for pair in other.items() for each in pair))
+        told.append(str(error.value))
+        assert capsys.readouterr().err == "" and {path: path.read_bytes() for path in files} == files
+        return solve_block(*arguments)
+    monkeypatch.setattr(air, "solve_block", at_the_same_time)
+    in_process(monkeypatch, *job, *(each for pair in own.items() for each in pair))
+    assert told and "\n" not in told[0] and not list(tmp_path.glob("*.partial"))
+    in_process(monkeypatch, *job, "--out", tmp_path / "alone")
+    one, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "alone"))
+    assert all(torch.equal(one[name], alone[name]) for name in alone)
 
 
 def test_a_killed_run_holds_nothing(tmp_path):
