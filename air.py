@@ -28,14 +28,14 @@ from influence import SIGNALS, backward_sweep, check_signal, start_gradient
 from model import LAYERS, READS
 from support import fast, large, report
 from support.checkpoint import Checkpoint, Writer, part_of, result_bytes
-from support.script import (InputError, Progress, Stopwatch, check_apart, check_writable,
-                            code_digest, parser, peak_memory, pick_blocks, pick_device,
-                            run, write_json)
+from support.progress import Progress, Stopwatch
+from support.script import (InputError, check_apart, check_writable, code_digest, parser,
+                            peak_memory, pick_blocks, pick_device, run, write_json)
 from support.texts import digest, own_windows, with_defaults
 
 # Where both sides are as wide, support/fast.py computes the same with less work; math.inf
 # keeps to the lines here.
-FAST_FROM = 512
+FAST_FROM = fast.FROM
 # At one token an input; 0.5 is measured best (experiments/ridge.py).
 RIDGE = 0.5
 
@@ -256,14 +256,14 @@ def statistics(ckpt, windows, device, dtype, blocks, signal=None):
         for _ in forward_sweep(ckpt, embed(ckpt, windows, dtype), device, keep=inputs):
             pass
         g = start_gradient(ckpt, windows, inputs.pop(ckpt.cfg.n_layers), device, signal)
+        for l in range(min(blocks)):                   # no gradient has to get there
+            del inputs[l]
         # ΣXXᵀ is taken from the forward recomputed on the way back, where I is, too.
         sweep = backward_sweep(ckpt, inputs, g, device, signal, gram=True)
     for l, stats in sweep:
         if l in blocks:
             yield l, stats
         del stats                                  # before the next block's are collected
-        if signal and l == min(blocks):
-            return
 
 
 @dataclass
@@ -520,6 +520,8 @@ def parse_arguments():
     add_calibration_arguments(p)
     p.add_argument("--text", help="evaluation text, or none (default: the test part of "
                    "the --calib text; a file as it is)")
+    p.add_argument("--windows", type=int, metavar="N", help="evaluate on N evenly spaced "
+                   "windows of the text's (default: all)")
     p.add_argument("--layers", default=":", metavar="A:B",
                    help="compress blocks A to B-1 only (default: all)")
     p.add_argument("--stats", metavar="DIR", help="keep statistics here and use them "
@@ -530,18 +532,17 @@ def parse_arguments():
     p.add_argument("--overwrite", action="store_true",
                    help="replace an existing output folder once the new one is whole")
     p.add_argument("--json", metavar="FILE", help="write the results to FILE")
-    p.add_argument("--quiet", action="store_true", help="print the results only")
     return p.parse_args()
 
 
-def evaluation(text, ckpt, seqlen, asked):
-    """What evaluation_windows returns; None for the text "none". `asked`: --seqlen."""
+def evaluation(text, ckpt, seqlen, args):
+    """What evaluation_windows returns; None for the text "none"."""
     if text == "none":
         return None
     # A .npy file of windows brings their length.
-    length = seqlen if own_windows(text, ckpt) is None else asked
+    length = seqlen if own_windows(text, ckpt) is None else args.seqlen
     _, _, length = with_defaults(ckpt, text, None, length)
-    return evaluation_windows(text, ckpt, length)
+    return evaluation_windows(text, ckpt, length, args.windows)
 
 
 def prepare(args):
@@ -554,6 +555,7 @@ def prepare(args):
     if args.sweeps < 0 or not 0 <= args.delta < math.inf:
         raise InputError(f"--sweeps is {args.sweeps} and --delta {args.delta}; "
                          "expected both to be 0 or more")
+    ckpt.extras()                           # what cannot be copied at the end is said now
     options = Options(**{each.name: getattr(args, each.name) for each in fields(Options)})
     blocks = pick_blocks(args.layers, ckpt.cfg.n_layers)
     ranks = pick_ranks(ckpt, blocks, args.rate)
@@ -564,7 +566,7 @@ def prepare(args):
     if METHODS[options.method].reads != "nothing":
         windows = calibration_windows(calib, ckpt, samples, seqlen, args.seed)
     text = args.text or calib
-    held_out = evaluation(text, ckpt, windows.shape[1], args.seqlen)
+    held_out = evaluation(text, ckpt, windows.shape[1], args)
     out = args.out or f"out/{ckpt.name}-{options.method}-{args.rate:g}"
     check_apart(out, stats=args.stats, spill=args.spill, json=args.json)
     device = large.start_processes(device)
@@ -581,6 +583,7 @@ def make_plan(job, need):
     signal = job.options.backward
     shape = job.windows.shape
     plan = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, signal)
+    plan.seconds["solve"] *= max(1, job.options.sweeps)
     spill = job.spill if signal else None                   # other methods keep no inputs
     plan.place((f"{job.out}.partial", need), spill, job.stats)
     plan.check()
@@ -588,13 +591,18 @@ def make_plan(job, need):
 
 
 def sweep_of(job, blocks):
-    """(l, stats) of `blocks`, by `statistics` above or support/large.py's form of it."""
+    """(l, stats) of `blocks`, by `statistics` above or support/large.py's form of it.
+
+    Raises InputError for kept statistics of another run.
+    """
     if METHODS[job.options.method].reads == "nothing":
         return ((l, {}) for l in blocks)
-    kept = job.stats or job.spill or large.processes()[1] > 1
-    collect = large.Kept(job.stats, job.spill).statistics if kept else statistics
-    signal = job.options.backward
-    return collect(job.ckpt, job.windows, job.device, job.dtype, blocks, signal)
+    arguments = job.ckpt, job.windows, job.device, job.dtype, blocks, job.options.backward
+    if not (job.stats or job.spill or large.processes()[1] > 1):
+        return statistics(*arguments)
+    kept = large.Kept(job.stats, job.spill)
+    kept.open(job.ckpt, job.windows, job.dtype, blocks, job.options.backward)
+    return kept.statistics(*arguments)
 
 
 def solve_block(job, l, stats, progress):
@@ -619,7 +627,7 @@ def solve_block(job, l, stats, progress):
 
 def main():
     args = parse_arguments()
-    progress = Progress(args.quiet)
+    progress = Progress(args.quiet).listen()
     watch = Stopwatch()
 
     # Every check, before the first matrix product.
@@ -633,16 +641,17 @@ def main():
 
     # Block by block: collect its statistics, replace its weights by factors, write them.
     with writer:
-        progress.say(report.header(job, args.seed))
-        progress.say(plan.line())
         done = writer.done if first else {}
         left = large.from_first([l for l in job.blocks if part_of(l) not in done])
+        sweep = sweep_of(job, left)
+        progress.say(report.header(job, args.seed))
+        progress.say(plan.line())
         if len(left) < len(job.blocks):
             progress.say(f"going on: {len(job.blocks) - len(left)} of {len(job.blocks)} "
                          f"blocks are finished in {job.out}.partial")
-        progress.begin(len(left) * len(LAYERS))
+        progress.begin(len(left) * len(LAYERS), plan.pace)
         watch.lap("prepare")
-        for l, stats in large.divide(sweep_of(job, left)):
+        for l, stats in large.divide(sweep):
             watch.lap("statistics")
             part = None if l is None else solve_block(job, l, stats, progress)
             del stats

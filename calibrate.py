@@ -7,6 +7,7 @@ on:
 
 Shapes: N windows, T tokens a window, n inputs of a layer.
 """
+import io
 import random
 from types import SimpleNamespace
 
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 
 from model import INPUTS, PLAIN, rope, wide
 from support.checkpoint import Checkpoint
-from support.script import check_writable, parser, pick_device, run
+from support.progress import Progress, told
+from support.script import check_writable, parser, pick_device, run, write_result
 from support.texts import (digest, is_array, own_windows, rows_of, token_array, too_short,
                            with_defaults)
 from support.tokenizer import Tokenizer
@@ -107,7 +109,7 @@ def block_forward(block, h, out, angles, gram):
     device = angles[0].device
     N, T, _ = h.shape
     batch = max(1, 1024 // T)                               # about a thousand tokens
-    for i in range(0, N, batch):
+    for i in told("windows", range(0, N, batch)):
         seen = {}
         ops = recording(PLAIN, seen) if gram else PLAIN
         out[i:i + batch] = block(h[i:i + batch].to(device), angles, ops)
@@ -127,7 +129,7 @@ def forward_sweep(ckpt, h, device, gram=False, keep=None, blocks=None):
     """
     blocks = range(ckpt.cfg.n_layers) if blocks is None else blocks
     angles = rope(ckpt.cfg, h.shape[1], device)
-    for l in blocks:
+    for l in told("forward sweep: block", blocks):
         # The input is kept for the backward sweep, or overwritten.
         out = h
         if keep is not None:
@@ -150,6 +152,7 @@ def add_calibration_arguments(p):
                    help="tokens a window, both texts (default 2048; demo 256)")
     p.add_argument("--seed", type=int, default=3,
                    help="of the windows' starts (default 3)")
+    p.add_argument("--quiet", action="store_true", help="print the results only")
 
 
 def main():
@@ -158,6 +161,7 @@ def main():
     p.add_argument("--out", help="write the windows (N, T) to this .npy file")
     args = p.parse_args()
     check_writable(args.out)
+    Progress(args.quiet).listen()
     ckpt = Checkpoint(args.ckpt)
     device, dtype, _ = pick_device(args.device, args.dtype)
     text, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
@@ -165,8 +169,9 @@ def main():
     print(f"{text}: {windows.shape[0]} windows of {windows.shape[1]} tokens, "
           f"sha256 {digest(windows)[:16]}")
     if args.out:
-        with open(args.out, "wb") as f:
-            np.save(f, windows.numpy())
+        content = io.BytesIO()
+        np.save(content, windows.numpy())
+        write_result(args.out, content.getvalue())
     print("block  condition number of ΣXXᵀ, for each distinct layer input")
     for l, stats in forward_sweep(ckpt, embed(ckpt, windows, dtype), device, gram=True):
         conditions = []

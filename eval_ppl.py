@@ -5,7 +5,7 @@
 
 Convention: the text's rows joined by a blank line, tokenized once with one BOS, cut
 into ⌊tokens/T⌋ disjoint windows of T, T-1 targets each. WikiText-2 raw test is 341,469
-LLaMA tokens, 166 windows of 2,048.
+LLaMA tokens, 166 windows of 2,048. --windows takes some of them, evenly spaced.
 
 Shapes: N windows, T tokens a window.
 """
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from calibrate import embed, forward_sweep
 from model import to_logits
 from support.checkpoint import Checkpoint
+from support.progress import Progress, told
 from support.script import (InputError, check_writable, parser, pick_device, run,
                             write_json)
 from support.texts import (is_array, own_windows, rows_of, token_array, too_short,
@@ -25,17 +26,18 @@ from support.texts import (is_array, own_windows, rows_of, token_array, too_shor
 from support.tokenizer import Tokenizer
 
 
-def evaluation_windows(text, ckpt, seqlen=2048):
+def evaluation_windows(text, ckpt, seqlen=2048, count=None):
     """Every disjoint window of a text: ((N, seqlen) ids, tokens in all, tokens a byte).
 
-    The last is None for a .npy file. Raises InputError for a text shorter than one
-    window.
+    The last is None for a .npy file. With `count`, that many of them, evenly spaced:
+    numbers ⌊i·N/count⌋ of 0 … N-1. Raises InputError for a text shorter than one window,
+    or than `count` of them.
     """
     per_byte = None
     if is_array(text):
         own = own_windows(text, ckpt)
         if own is not None:
-            return own, own.numel(), None
+            return evenly(own, count, text), own.numel(), None
         ids = token_array(text, ckpt)
     else:
         joined = "\n\n".join(rows_of(text, "test"))
@@ -45,7 +47,28 @@ def evaluation_windows(text, ckpt, seqlen=2048):
     n = len(ids) // seqlen
     if n == 0:
         raise too_short(text, len(ids), seqlen)
-    return ids[:n * seqlen].view(n, seqlen), len(ids), per_byte
+    windows = ids[:n * seqlen].view(n, seqlen)
+    return evenly(windows, count, text), len(ids), per_byte
+
+
+def evenly(windows, count, text):
+    """`count` of N windows, numbers ⌊i·N/count⌋; all for None. Raises InputError."""
+    N = len(windows)
+    if count is None:
+        return windows
+    if not 1 <= count <= N:
+        raise InputError(f"--windows is {count}, and {text} has {N} windows of "
+                         f"{windows.shape[1]}; expected 1 to {N}, or none to take all")
+    return windows[[i * N // count for i in range(count)]]
+
+
+def windows_line(windows, tokens):
+    """'752 windows of 256', or '24 of 752 …, evenly spaced', of a text's `tokens`."""
+    n, T = windows.shape
+    whole = tokens // T
+    if n == whole:
+        return f"{n} windows of {T}"
+    return f"{n} of {whole} windows of {T}, evenly spaced"
 
 
 @torch.no_grad()
@@ -83,7 +106,7 @@ def evaluate(ckpt, windows, device, dtype, against=None):
     nll = js = torch.zeros((), dtype=torch.float64, device=device)
     nonfinite = 0
     batch = max(1, 2**23 // (windows.shape[1] * ckpt.cfg.vocab))
-    for i in range(0, len(windows), batch):
+    for i in told("head: windows", range(0, len(windows), batch)):
         # Every token but the last predicts the next one.
         targets = windows[i:i + batch, 1:].to(device)
         logits = []
@@ -123,9 +146,12 @@ def parse_arguments():
     p.add_argument("--text", help="stdlib, wikitext2 (default; demo stdlib), c4, "
                    "or a .txt, .raw, .jsonl, .npy file")
     p.add_argument("--seqlen", type=int, help="tokens a window (default 2048; demo 256)")
+    p.add_argument("--windows", type=int, metavar="N", help="evaluate on N evenly spaced "
+                   "windows of the text's (default: all)")
     p.add_argument("--against", metavar="DENSE",
                    help="also report the Jensen-Shannon divergence to this checkpoint")
     p.add_argument("--json", metavar="FILE", help="write the results to FILE")
+    p.add_argument("--quiet", action="store_true", help="print the results only")
     return p.parse_args()
 
 
@@ -143,6 +169,7 @@ def open_both(args):
 
 def main():
     args = parse_arguments()
+    progress = Progress(args.quiet).listen()
     check_writable(args.json)
     ckpt, against = open_both(args)
     device, dtype, why = pick_device(args.device, args.dtype)
@@ -150,14 +177,15 @@ def main():
     if against:
         # Its context must hold the windows, too.
         with_defaults(against, text, None, seqlen)
-    windows, tokens, tokens_per_byte = evaluation_windows(text, ckpt, seqlen)
+    windows, tokens, tokens_per_byte = evaluation_windows(
+        text, ckpt, seqlen, args.windows)
 
-    print(f"{args.ckpt} on {device}, {str(dtype)[6:]} ({why})", file=sys.stderr)
+    progress.say(f"{args.ckpt} on {device}, {str(dtype)[6:]} ({why})")
     dense = last_states(against, windows, device, dtype) if against else None
     result = evaluate(ckpt, windows, device, dtype, dense)
     bits = bits_per_byte(result, tokens_per_byte)
     warn_nonfinite(result, windows)
-    print(f"perplexity {result['ppl']:.4f}   {text}, {len(windows)} windows of {seqlen} "
+    print(f"perplexity {result['ppl']:.4f}   {text}, {windows_line(windows, tokens)} "
           f"({tokens:,} tokens in the text)")
     if bits is not None:
         print(f"{per_byte_line(bits)}   {bits:.4f} bits a byte")
@@ -165,7 +193,8 @@ def main():
         # Table 12 prints the same quantity as a negative percentage: -100 % is disjoint.
         js = result["js"]
         print(f"JS divergence {js:.4f} bits   (paper's sign: {-100 * js:.1f} %)")
-    measured = {"tokens": tokens, "windows": len(windows), "seqlen": seqlen, "text": text}
+    measured = {"tokens": tokens, "windows": len(windows), "seqlen": seqlen, "text": text,
+                "windows_in_text": tokens // seqlen}
     write_json(args.json, result | {"bits_per_byte": bits} | measured)
 
 

@@ -20,6 +20,7 @@ from calibrate import (add_calibration_arguments, add_inputs, calibration_window
                        forward_sweep, recording)
 from model import LAYERS, PLAIN, attention, rope, to_logits, wide
 from support.checkpoint import Checkpoint
+from support.progress import Progress, told
 from support.script import InputError, parser, pick_device, run
 from support.texts import with_defaults
 
@@ -160,7 +161,7 @@ def start_gradient(ckpt, windows, h, device, signal="lrp"):
     """
     check_signal(signal, h.dtype)
     head = ckpt.head(device, h.dtype)
-    for d in range(len(windows)):
+    for d in told("gradient of the head: windows", range(len(windows))):
         ids = windows[d:d + 1].to(device)
         h[d:d + 1] = output_gradient(h[d:d + 1].to(device), ids, head, ckpt.cfg, signal)
     return h
@@ -196,7 +197,7 @@ def block_backward(block, x, g, angles, signal, gram):
     rules = SIGNALS[signal].ops
     device = angles[0].device
     stats = {}
-    for d in range(len(g)):
+    for d in told("windows", range(len(g))):
         seen = {}
         ops = recording(rules, seen) if gram else rules
         # The block's forward is computed again, since only its input was kept.
@@ -222,7 +223,7 @@ def backward_sweep(ckpt, inputs, g, device, signal="lrp", gram=False):
     calibrate.add_inputs collects, from the same recomputed forward.
     """
     angles = rope(ckpt.cfg, g.shape[1], device)
-    for l in sorted(inputs, reverse=True):
+    for l in told("backward sweep: block", sorted(inputs, reverse=True)):
         # No name here holds the block or its statistics: they go when their turn is over.
         yield l, block_backward(
             ckpt.block(l, device, g.dtype), inputs.pop(l), g, angles, signal, gram)
@@ -234,6 +235,7 @@ def main():
     add_calibration_arguments(p)
     p.add_argument("--signal", choices=BACKWARD, default="lrp", help="(default lrp)")
     args = p.parse_args()
+    Progress(args.quiet).listen()
     ckpt = Checkpoint(args.ckpt)
     device, dtype, _ = pick_device(args.device, args.dtype)
     check_signal(args.signal, dtype)
@@ -253,7 +255,9 @@ def main():
         for name in LAYERS:
             I = stats[f"{name}.{args.signal}"].flatten()
             top = I.topk(max(1, I.numel() // 100)).values
-            shares.append(f"{name.split('.')[1]} {top.sum() / I.sum():.0%}")
+            # A block of zeros has no influence; its share is 0 %.
+            total = I.sum().clamp_min(torch.finfo(I.dtype).tiny)
+            shares.append(f"{name.split('.')[1]} {top.sum() / total:.0%}")
         print(f"block {l:>3}  " + "   ".join(shares), flush=True)
 
 

@@ -28,8 +28,9 @@ from experiments.report import (RESULTS, block, claims, mean_spread, number, pyp
 from influence import check_signal
 from support.checkpoint import Checkpoint, in_memory
 from support.large import SWEEPS, Kept
-from support.script import (ROOT, InputError, Progress, code_digest, finite, parser,
-                            pick_device, write_json, write_whole)
+from support.progress import Progress
+from support.script import (ROOT, InputError, code_digest, finite, parser, pick_device,
+                            write_json, write_whole)
 from support.texts import digest, with_defaults
 
 CODE = (*SWEEPS, "air.py", "eval_ppl.py", "support/fast.py")        # what computes a cell

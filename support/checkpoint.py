@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from model import Block, Llama
 from support.config import parse_config
-from support.script import InputError, check_space, read_json, sha256, write_whole
+from support.script import (Hold, InputError, check_readable, check_space, denied,
+                            may_write, read_json, sha256, usual_mode, write_whole)
 
 # ------------------------------------------------------------ in
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -50,13 +53,53 @@ def in_memory(tensors):
             for name, w in tensors.items()}
 
 
+def weights_in(saved, path="", depth=6):
+    """{where: {name: tensor}} of a .bin file's dicts that hold weights.
+
+    An optimizer's state, deeper down, has no names that end in .weight.
+    """
+    if not isinstance(saved, dict) or not depth:
+        return {}
+    tensors = {str(name): w.detach() for name, w in saved.items()
+               if isinstance(w, torch.Tensor)}
+    if any(name.endswith(".weight") for name in tensors):
+        return {path: tensors}
+    found = {}
+    for key, value in saved.items():
+        found |= weights_in(value, f"{path}/{key}".strip("/"), depth - 1)
+    return found
+
+
+def open_bin(path):
+    """{name: Stored} of a file that torch.save wrote, its weights bare or within dicts.
+
+    Raises InputError where it holds none or several.
+    """
+    # The format before 2020 cannot be memory-mapped: it is no zip file.
+    saved = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path),
+                       weights_only=True)
+    found = weights_in(saved)
+    usual = [where for where in found
+             if where.split("/")[0] in ("model", "state_dict", "model_state_dict", "module")]
+    if len(found) > 1 and len(usual) == 1:      # beside others, such as their average
+        found = {usual[0]: found[usual[0]]}
+    if len(found) != 1:
+        keys = list(found or saved) if isinstance(saved, dict) else [type(saved).__name__]
+        raise InputError(f"{path} holds {len(found)} sets of weights (found "
+                         f"{', '.join(map(str, keys[:3]))}); expected one, of tensors under "
+                         "the names of a Hugging Face checkpoint")
+    return in_memory(*found.values())
+
+
 def open_tensors(path):
     """{name: Stored} of a .safetensors or .bin file, memory-mapped. Raises InputError."""
+    check_readable(path)
     try:
         if path.suffix == ".safetensors":
             return open_safetensors(path)
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return in_memory(tensors)
+        return open_bin(path)
+    except InputError:
+        raise
     except Exception as e:
         # Truncated, corrupt, code in a pickle: each library has its own errors.
         reason = str(e).strip().split("\n")[0][:200]
@@ -65,12 +108,41 @@ def open_tensors(path):
                          "or copy it again") from None
 
 
+# What training puts around a model, whose parts of a tensor's name say nothing.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+EMBEDDING = "embed_tokens.weight"
+
+
+def plain_names(tensors):
+    """{name: Stored} under the names of model.py, whatever a training put before them.
+
+    What stands before "embed_tokens" stands before all names; of a base model nothing.
+    Two that would be one are left as they are.
+    """
+    bare = [".".join(part for part in name.split(".") if part not in WRAPPERS)
+            for name in tensors]
+    inner = next((name for name in bare if name.endswith(EMBEDDING)), "model." + EMBEDDING)
+    inner = inner.removesuffix(EMBEDDING)                   # such as "model.model."
+    outer = inner.removesuffix("model.")                    # such as "model."
+    plain = {}
+    for name, stored in zip(bare, tensors.values()):
+        if name == outer + "lm_head.weight":
+            plain["lm_head.weight"] = stored
+        elif name.startswith(inner):
+            plain["model." + name.removeprefix(inner)] = stored
+        else:
+            plain[name] = stored
+    return plain if len(plain) == len(tensors) else tensors
+
+
 def shards(folder):
     """The files that hold a folder's weights. Raises InputError where there are none."""
     for name in ("model.safetensors", "pytorch_model.bin"):
+        check_readable(folder / name)
         if (folder / name).is_file():
             return [folder / name]
         index = folder / (name + ".index.json")
+        check_readable(index)
         if index.is_file():
             where = read_json(index).get("weight_map")
             plain = isinstance(where, dict) and all(
@@ -89,6 +161,21 @@ def shards(folder):
                      "pytorch_model.bin, or shards and an index")
 
 
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
+
+def name_of(path):
+    """What a checkpoint is called: its file, its folder, or its repository on a hub."""
+    if path.is_file() and path.stem not in ("model", "pytorch_model"):
+        return path.stem
+    folder = (path if path.is_dir() else path.parent).resolve()
+    # …/models--ORGANISATION--NAME/snapshots/<40 hex digits>
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return folder.name or "model"
+
+
 class Checkpoint:
     """A dense or compressed checkpoint on disk, memory-mapped and read tensor by tensor.
 
@@ -99,15 +186,16 @@ class Checkpoint:
 
     def __init__(self, path):
         path = Path(path)
+        check_readable(path)
         if not path.exists():
             raise InputError(f"{path} does not exist; "
                              "expected a .safetensors file or a folder with one")
-        if path.is_file() and path.suffix not in (".safetensors", ".bin"):
-            raise InputError(f"{path} is not a .safetensors or .bin file; "
+        if path.is_file() and path.suffix not in SUFFIXES:
+            raise InputError(f"{path} is not a .safetensors or .bin file (or .pt, .pth); "
                              "give one of these, or the folder they are in")
         self.folder = path if path.is_dir() else path.parent
-        named = path.is_file() and path.stem != "model"
-        self.name = path.stem if named else self.folder.resolve().name
+        self.name = name_of(path)
+        check_readable(self.folder / "config.json")
         if not (self.folder / "config.json").is_file():
             raise InputError(f"{self.folder} has no config.json; "
                              "expected the one that came with the weights beside them")
@@ -117,6 +205,7 @@ class Checkpoint:
         self.tensors = {}                               # {name: Stored}
         for file in self.files:
             self.tensors |= open_tensors(file)
+        self.tensors = plain_names(self.tensors)
         self.names = list(self.check())
         self.dtype = self.tensors["model.embed_tokens.weight"].dtype
 
@@ -163,9 +252,11 @@ class Checkpoint:
     def check_names(self, verb, names):
         if names:
             plural = "s" * (len(names) > 1)
+            found = ", ".join(list(self.tensors)[:3]) or "none"
             raise InputError(f"{self.files[0]} {verb} {len(names)} tensor{plural}, such "
-                             f"as {min(names)}; expected exactly those config.json "
-                             "implies: take both from one model, shards as their folder")
+                             f"as {min(names)} (found are {found}, …); expected exactly "
+                             "those config.json implies: take both from one model, "
+                             "shards as their folder")
 
     def fingerprint(self):
         """SHA-256 (hex) that tells one checkpoint from another.
@@ -188,6 +279,8 @@ class Checkpoint:
     def extras(self):
         """Paths of tokenizer and generation settings beside the weights, to copy."""
         paths = [self.folder / name for name in BESIDE]
+        for path in paths:
+            check_readable(path)
         return [path for path in paths if path.is_file()]
 
     def rest(self, l, without=()):
@@ -282,11 +375,30 @@ class TensorFolder:
         self.manifest = self.path / "manifest.json"
         self.facts = json.loads(json.dumps(facts))
         self.files = {}                         # {name: {"sha256": …, "note": …}}
+        self.hold = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise InputError(f"cannot make the folder {path} ({e.strerror}); "
                              "name another") from None
+        self.read()
+
+    def keep_others_out(self):
+        """Hold the folder against other runs; what one has written by now is read again.
+
+        Raises InputError where another run holds it or this user may not write there.
+        """
+        if not may_write(self.path):
+            raise denied(self.path, "written")
+        self.hold = Hold(self.path)
+        self.read()
+
+    def release(self):
+        if self.hold:
+            self.hold.release()
+
+    def read(self):
+        check_readable(self.path)
         if self.manifest.exists():
             found = read_json(self.manifest)
             self.check_facts(found)
@@ -313,6 +425,7 @@ class TensorFolder:
         tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
         partial = self.path / (name + ".partial")
         save_file(tensors, partial, metadata={"format": "pt"})
+        usual_mode(partial)
         with open(partial, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(partial, self.path / name)
@@ -334,6 +447,7 @@ class TensorFolder:
     def load(self, name, device="cpu"):
         """The tensors of file `name`, memory-mapped."""
         path = self.path / name
+        check_readable(path)
         expected = self.files[name]["sha256"]
         found = sha256(path)
         if found != expected:
@@ -357,23 +471,50 @@ class Writer:
         self.out = Path(out).resolve()
         self.keep = keep
         self.partial = self.out.parent / (self.out.name + ".partial")
-        self.check_target(out, overwrite)
-        goes_on = keep and (self.partial / "manifest.json").exists()
+        self.hold = None
         try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            if not goes_on:
-                # Left by a run that was killed.
-                shutil.rmtree(self.partial, ignore_errors=True)
+            if self.partial.is_dir():
+                self.hold = Hold(self.partial)
+                self.put_back()
+            self.check_target(out, overwrite)
+            self.clear()
             # The parts, then the one file that is made of them.
             copied = need if need <= SHARD_BYTES else 0
             check_space((self.partial, need + copied))
+            self.hold = self.hold or Hold(self.partial)
             self.folder = TensorFolder(self.partial, (facts or {}) | {"kept": keep})
+            for name in self.folder.files:
+                self.folder.load(name)      # refuses a damaged part now, not at the end
         except OSError as e:
-            raise InputError(f"cannot write to {self.out.parent} ({e.strerror}); "
-                             "name another folder") from None
-        for name in self.folder.files:
-            self.folder.load(name)          # refuses a damaged part now, not at the end
+            self.leave()
+            raise InputError(f"cannot write to {e.filename or self.out.parent} "
+                             f"({e.strerror}); name another folder") from None
+        except InputError:
+            self.leave()
+            raise
         self.done = {name: file["note"] for name, file in self.folder.files.items()}
+
+    def put_back(self):
+        """Put a target in its place again that a run, killed then, had moved aside."""
+        old = self.partial / "old"
+        if old.is_dir() and not self.out.exists():
+            os.replace(old, self.out)
+
+    def clear(self):
+        """Remove what a run that was killed left, unless this one goes on from there."""
+        if self.hold and not (self.keep and (self.partial / "manifest.json").exists()):
+            for left in self.partial.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
+
+    def leave(self):
+        """Let go of the folder of parts, and remove it where it is empty."""
+        if self.hold:
+            with suppress(OSError):
+                self.partial.rmdir()
+            self.hold.release()
 
     def check_target(self, out, overwrite):
         """Raise InputError for a target, or parts beside it, that are not to be lost."""
@@ -385,6 +526,8 @@ class Writer:
         if self.out.exists() and not ours:
             raise InputError(f"{out} is not a compressed checkpoint, so --overwrite "
                              "leaves it alone; name another --out")
+        if ours and not may_write(self.out):
+            raise denied(out, "replaced")
         manifest = self.partial / "manifest.json"
         kept = manifest.exists() and read_json(manifest).get("facts", {}).get("kept")
         if kept and not self.keep:
@@ -413,7 +556,9 @@ class Writer:
             target = self.partial / "whole"
             target.mkdir()
             state = {name: w for part in parts.values() for name, w in part.items()}
-            save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+            path = target / "model.safetensors"
+            save_file(state, path, metadata={"format": "pt"})
+            usual_mode(path)
             return target
         where = {name: file for file, part in parts.items() for name in part}
         index = {"metadata": {"total_size": total}, "weight_map": where}
@@ -426,7 +571,7 @@ class Writer:
         target = self.assemble()
         write_whole(target / "config.json", json.dumps(config, indent=1) + "\n")
         for path in copies:
-            shutil.copy(path, target)
+            shutil.copyfile(path, target / path.name)   # not its mode: it may be read-only
         # Two renames: at no moment is there a half-written target.
         if self.out.exists():
             os.replace(self.out, self.partial / "old")
@@ -439,5 +584,6 @@ class Writer:
         return self
 
     def __exit__(self, *error):
-        if not self.keep:
+        if not (self.keep and self.done):
             shutil.rmtree(self.partial, ignore_errors=True)
+        self.leave()

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from model import LowRank
 
+FROM = 512          # the width of a weight's narrower side from which all this pays
+
 
 # ------------------------------------------------------------ the solve
 def truncated_svd(W, k, outliers=32, iterations=4):

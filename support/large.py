@@ -4,6 +4,7 @@ Statistics kept, spilled and divided, a division of the work, a plan.
 """
 import math
 import os
+import re
 import shutil
 import timeit
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from calibrate import embed, forward_sweep
 from influence import backward_sweep, start_gradient
+from support import fast
 from support.checkpoint import TensorFolder
 from support.script import InputError, check_space, code_digest, free_bytes
 from support.texts import digest
@@ -22,16 +24,45 @@ SWEEPS = ("model.py", "calibrate.py", "influence.py")       # what computes stat
 
 
 # ------------------------------------------------------------ several processes
+def number(name, least, most, default=None):
+    """A whole number that torchrun puts in the environment. Raises InputError."""
+    found = os.environ.get(name) or default
+    if found is None or not re.fullmatch("[0-9]+", found) or not least <= int(found) <= most:
+        upper = "" if most == math.inf else f" to {most}"
+        world = os.environ["WORLD_SIZE"]
+        raise InputError(f"{name} is {found or 'not set'}, and WORLD_SIZE is {world}; "
+                         f"expected a whole number, {least}{upper or ' or more'}: start "
+                         "with torchrun, which sets them, or unset WORLD_SIZE")
+    return int(found)
+
+
 def start_processes(device):
     """Join the other processes of a torchrun; returns this one's device.
 
-    They talk through gloo on CPUs, nccl on GPUs. Alone, nothing happens.
+    They talk through gloo on CPUs, nccl on GPUs. Alone, nothing happens. Raises
+    InputError for what is amiss in the environment, and where they cannot be joined.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+    world = number("WORLD_SIZE", 1, math.inf, "1")
+    if world == 1:
+        return device
+    number("RANK", 0, world - 1)
+    port = number("MASTER_PORT", 1, 2**16 - 1)
+    address = os.environ.get("MASTER_ADDR")
+    if not address:
+        raise InputError(f"WORLD_SIZE is {world} and MASTER_ADDR is not set; start with "
+                         "torchrun, which sets it, or unset WORLD_SIZE")
+    if device.type == "cuda":
+        local = number("LOCAL_RANK", 0, torch.cuda.device_count() - 1)
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError, OSError) as e:
+        reason = str(e).strip().split("\n")[0][:200]
+        raise InputError(f"the {world} processes could not be joined at {address}, port "
+                         f"{port} ({reason}); expected a free port that all of them "
+                         "reach: give torchrun another --master_port, check "
+                         "GLOO_SOCKET_IFNAME and that all were started") from None
     return device
 
 
@@ -107,6 +138,7 @@ class Spill:
 
     def __init__(self, path, facts):
         self.folder = TensorFolder(path, facts)
+        self.folder.keep_others_out()
         self.blocks = {int(name.split("_")[1][:3]) for name in self.folder.files}
 
     def file(self, l):
@@ -127,6 +159,9 @@ class Spill:
             self.folder.save(self.file(l), {"h": h})
         self.blocks.add(l)
 
+    def __delitem__(self, l):
+        self.blocks.discard(l)
+
     def pop(self, l):
         self.blocks.discard(l)
         return self.folder.load(self.file(l))["h"]
@@ -135,6 +170,7 @@ class Spill:
         # First: what a kill leaves is then no spill.
         self.folder.manifest.unlink(missing_ok=True)
         shutil.rmtree(self.folder.path)
+        self.folder.release()
 
 
 class Kept:
@@ -150,11 +186,13 @@ class Kept:
     def __init__(self, folder=None, spill=None):
         self.folder = folder
         self.spill = spill
+        self.kinds = None               # files of a block, once the folders are open
 
     def statistics(self, ckpt, windows, device, dtype, blocks, signal=None):
         """Yield (l, stats) of each of `blocks`, in any order, as air.statistics does."""
         rank, world = processes()
-        self.open(ckpt, windows, dtype, signal)
+        if self.kinds is None:
+            self.open(ckpt, windows, dtype, blocks, signal)
         todo = [l for l in blocks if not self.complete(l)]
         # What an earlier run has finished.
         for l in blocks:
@@ -173,20 +211,19 @@ class Kept:
                     stats.update(self.load(l, ["gram"], device))
                 yield l, stats
             del stats                           # before the next block's are collected
-            # Below the last block wanted the gradient is of no use.
-            if signal and l == min(todo):
-                break
         if signal and self.spill:
             self.inputs.remove()
+        if self.stored:
+            self.stored.release()
 
-    def open(self, ckpt, windows, dtype, signal):
-        """The folders as they are found.
+    def open(self, ckpt, windows, dtype, blocks, signal):
+        """The folders as they are found, for `statistics` of the same arguments.
 
-        Raises InputError where they were made from other facts.
+        Raises InputError where they were made from other facts, or another run writes.
         """
         rank, world = processes()
         self.signal = signal
-        self.kinds = ["gram", signal] if signal else ["gram"]       # files of a block
+        self.kinds = ["gram", signal] if signal else ["gram"]
         self.stored = None
         self.inputs = {}
         self.had = {}
@@ -197,6 +234,10 @@ class Kept:
         if self.folder:
             self.stored = TensorFolder(self.folder, facts)
             self.had = dict(self.stored.files)
+            # Statistics that are whole are only read, by any number of runs.
+            if rank == 0 and not all(self.complete(l) for l in blocks):
+                self.stored.keep_others_out()
+                self.had = dict(self.stored.files)
         if signal and self.spill:
             folder = Path(self.spill) / f"{rank}of{world}"
             self.inputs = Spill(folder, facts)
@@ -237,6 +278,9 @@ class Kept:
                 ckpt, windows, self.inputs.pop(last), device, self.signal)
         else:
             self.g = self.stored.load(self.gradient(top))["g"].clone()
+        # Below the last block wanted the gradient is of no use.
+        for l in [l for l in self.inputs if l < min(todo)]:
+            del self.inputs[l]
         return backward_sweep(ckpt, self.inputs, self.g, device, self.signal, gram=True)
 
     def forward(self, ckpt, windows, device, dtype, stop):
@@ -295,17 +339,18 @@ def machine_rates(device, dtype):
 
 def solve_costs(cut):
     """(FLOP of Cholesky, WS and truncated SVD, FLOP of an ALS sweep, its bytes), fp32."""
-    factor = passed = 0
+    factor = products = moved = 0
     for m, n, k in cut.values():
         cholesky = n**3 / 3
         profiled = 2 * m * n * n
         # fast.truncated_svd: WᵀW's triangle, eigenvectors, the product with k of them.
         svd = 1.1 * m * n * min(m, n) + 12 * min(m, n)**3 + 2 * m * n * k
         factor += cholesky + profiled + svd
-        passed += k * m * n
-    # fast.als_sweep: 17 products with a vector a rank; 3.75 passes over m×n numbers of 4
-    # bytes.
-    return factor, 34 * passed, 15 * passed
+        # 17 products with a vector a rank. Of m×n numbers of 4 bytes fast.als_sweep makes
+        # 3.75 passes a rank, air.als_sweep 25.
+        products += 34 * k * m * n
+        moved += (15 if min(m, n) >= fast.FROM else 100) * k * m * n
+    return factor, products, moved
 
 
 def block_sizes(cfg):
@@ -368,7 +413,7 @@ class Plan:
     """
 
     device: torch.device
-    minutes: float
+    seconds: dict               # {"forward sweep", "backward sweep", "solve": seconds}
     rates: tuple                # what machine_rates measured
     held: dict                  # {what: bytes}, of `costs`
     inputs: float               # bytes of block inputs in the host's memory
@@ -401,6 +446,11 @@ class Plan:
                                  f"{advice}")
         check_space(*self.disk.values())
 
+    @property
+    def pace(self):
+        """{stage: seconds} to hold a run on a CPU against; a GPU waits for other things."""
+        return self.seconds if self.device.type == "cpu" else {}
+
     def line(self):
         """The plan in one line."""
         parts = [f"{(self.inputs + self.solving) / 1e9:.2f} GB of memory"]
@@ -409,7 +459,8 @@ class Plan:
         for what, (_, size) in self.disk.items():
             parts.append(f"{what} {size / 1e9:.2f} GB")
         flops, _, moved = self.rates
-        return (f"plan: about {self.minutes:.1f} min to the factors, {', '.join(parts)} "
+        minutes = sum(self.seconds.values()) / 60
+        return (f"plan: about {minutes:.1f} min to the factors, {', '.join(parts)} "
                 f"(measured: {flops / 1e9:,.0f} GFLOP/s, {moved / 1e9:.0f} GB/s)")
 
 
@@ -418,8 +469,17 @@ def make_plan(cfg, cut, windows, device, dtype, signal):
     stages, held = costs(cfg, cut, windows, dtype.itemsize, signal)
     rates = machine_rates(device, dtype)
     _, world = processes()
-    seconds = sum(work / rate for stage in stages.values()
-                  for work, rate in zip(stage, rates))
-    minutes = seconds / world / 60
+    takes = {}
+    for stage, works in stages.items():
+        takes[stage] = sum(work / rate for work, rate in zip(works, rates)) / world
+    # The way back recomputes the forward pass and collects ΣXXᵀ.
+    forward = takes["sweeps"] / (4 if signal else 1)
+    backward = takes["sweeps"] - forward
+    if signal:
+        backward += takes["ΣXXᵀ"]
+    else:
+        forward += takes["ΣXXᵀ"]
+    seconds = {"forward sweep": forward, "backward sweep": backward,
+               "solve": takes["Cholesky and SVD"] + takes["ALS"]}
     solving = held["block"] * world if device.type == "cpu" else 0
-    return Plan(device, minutes, rates, held, held["inputs"], solving)
+    return Plan(device, seconds, rates, held, held["inputs"], solving)

@@ -5,7 +5,8 @@ from dataclasses import asdict
 import numpy
 import torch
 
-from eval_ppl import bits_per_byte, evaluate, per_byte_line, warn_nonfinite
+from eval_ppl import (bits_per_byte, evaluate, per_byte_line, warn_nonfinite,
+                      windows_line)
 from support.checkpoint import part_of
 from support.config import MODELING, compressed_config
 from support.large import processes
@@ -79,8 +80,8 @@ def score(job, written, progress, watch):
     """Evaluate both checkpoints, print and return their perplexities."""
     if job.evaluation is None:
         return {"ppl_dense": None, "ppl_compressed": None, "text": None,
-                "seqlen": job.windows.shape[1], "windows": 0}
-    windows, _, tokens_per_byte = job.evaluation
+                "seqlen": job.windows.shape[1], "windows": 0, "windows_in_text": 0}
+    windows, tokens, tokens_per_byte = job.evaluation
     N, T = windows.shape
     scores = []
     for which, ckpt in (("dense", job.ckpt), ("compressed", written)):
@@ -89,11 +90,12 @@ def score(job, written, progress, watch):
         warn_nonfinite(scores[-1], windows)
         watch.lap(f"evaluate_{which}")
     dense, small = (each["ppl"] for each in scores)
-    print(f"perplexity {dense:.3f} -> {small:.3f}   {job.text}, {N} windows of {T}")
+    print(f"perplexity {dense:.3f} -> {small:.3f}   {job.text}, "
+          f"{windows_line(windows, tokens)}")
     if tokens_per_byte:
         print(per_byte_line(*(bits_per_byte(each, tokens_per_byte) for each in scores)))
     return {"ppl_dense": dense, "ppl_compressed": small, "text": job.text,
-            "seqlen": T, "windows": N}
+            "seqlen": T, "windows": N, "windows_in_text": tokens // T}
 
 
 def summary(job, results, watch):

@@ -9,17 +9,29 @@ import os
 import re
 import resource
 import shutil
+import stat
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
+from support.progress import Progress
+
+try:
+    import fcntl
+except ImportError:             # not a Unix: folders are then not held against other runs
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parents[1]
 # What stands below this line of a script arranges and prints; it computes nothing that is
 # kept.
 COMMAND = "--- the command\n"
+
+
+# What torch.distributed raises of its own, where this PyTorch has it.
+DISTRIBUTED = getattr(torch.distributed, "DistError", ())
 
 
 class InputError(Exception):
@@ -89,17 +101,88 @@ def free_bytes(device):
     return 1024 * int(available.split()[1])
 
 
+def denied(path, what="read"):
+    """The InputError for a path that permissions keep from being read or written."""
+    return InputError(f"{path} cannot be {what}: permission denied; let this user do so "
+                      "(chmod, chown), there and in the folders above, or name another")
+
+
+def check_readable(path):
+    """Raise InputError for a file that may not be read or a folder not to be entered.
+
+    What is not there is left to those who look for it.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            os.stat(os.path.join(path, "."))
+        elif stat.S_ISREG(mode):
+            open(path, "rb").close()
+    except PermissionError:
+        raise denied(path) from None
+    except OSError:
+        pass
+
+
+def may_write(path):
+    """Whether this user may write a file, or into a folder."""
+    wanted = os.W_OK | os.X_OK if os.path.isdir(path) else os.W_OK
+    return os.access(path, wanted, effective_ids=os.access in os.supports_effective_ids)
+
+
 def check_writable(path):
     """Raise InputError, before any work, for a file that could not be written later."""
     if path is None:
         return
     path = Path(path)
-    # A file is written beside its place and moved there; a device is written to.
-    device = path.exists() and not path.is_file() and not path.is_dir()
-    where = path if device else path.resolve().parent
-    if path.is_dir() or not os.access(where, os.W_OK):
-        raise InputError(f"cannot write {path}; expected a file name in a folder that "
-                         "exists and can be written")
+    try:
+        # A file is written beside its place and moved there; a device is written to.
+        device = path.exists() and not path.is_file() and not path.is_dir()
+        where = path if device else path.resolve().parent
+        if path.is_dir() or not where.exists():
+            raise InputError(f"cannot write {path}; expected a file name in a folder "
+                             "that exists")
+    except PermissionError:
+        raise denied(path, "written") from None
+    if not may_write(where):
+        raise denied(where, "written")
+
+
+class Hold:
+    """A folder held against other runs until it is let go; a killed run lets go, too.
+
+    Raises InputError where another run holds it; OSError where it cannot be made.
+    """
+
+    def __init__(self, path):
+        self.held = None                # a file descriptor; None: this system has no locks
+        while fcntl and self.held is None:
+            Path(path).mkdir(parents=True, exist_ok=True)
+            self.held = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.release()
+                raise InputError(f"another run is at work in {path}; wait for its end, or "
+                                 "name another folder") from None
+            except OSError:             # such as a network disk: nothing is held
+                return self.release()
+            # The run that held it may have just moved it away.
+            if not same_folder(self.held, path):
+                self.release()
+
+    def release(self):
+        if self.held is not None:
+            os.close(self.held)
+            self.held = None
+
+    __del__ = release
+
+
+def same_folder(descriptor, path):
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    return False
 
 
 def check_apart(out, **others):
@@ -143,6 +226,7 @@ def check_space(*needs):
 # ------------------------------------------------------------ files
 def read_json(path):
     """The JSON object in a file; InputError for anything else."""
+    check_readable(path)
     try:
         return dict(**json.loads(path.read_text("utf-8-sig")))
     except (ValueError, TypeError, OSError) as e:
@@ -161,29 +245,41 @@ def finite(value):
     return value
 
 
-def write_whole(path, text):
-    """Write a text file so that it is there whole or not at all."""
+def usual_mode(path):
+    """Give a file the mode that umask leaves; safetensors makes them the owner's alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    with suppress(OSError):             # a disk without modes
+        os.chmod(path, 0o666 & ~umask)
+
+
+def write_whole(path, content):
+    """Write a file, of text or bytes, so that it is there whole or not at all."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as f:
-        f.write(text)
+    with open(partial, "wb") as f:
+        f.write(content.encode() if isinstance(content, str) else content)
         # On disk before its name is: a power cut leaves the old file or the new one.
         f.flush()
         os.fsync(f.fileno())
     os.replace(partial, path)
 
 
-def write_json(path, values):
-    """Write {key: value} to `path` as JSON, /dev/stdout and its like too; None: no file."""
-    if path is None:
-        return
-    text = json.dumps(finite(values), indent=1) + "\n"
+def write_result(path, content):
+    """Write to where a user says, /dev/stdout and its like too, which are not replaced."""
     path = Path(path)
     if path.exists() and not path.is_file():
-        path.write_text(text, "utf-8")
+        with open(path, "wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
     else:
         # A link's file is written, and the link stays.
-        write_whole(path.resolve(), text)
+        write_whole(path.resolve(), content)
+
+
+def write_json(path, values):
+    """Write {key: value} to `path` as JSON; None: no file."""
+    if path is not None:
+        write_result(path, json.dumps(finite(values), indent=1) + "\n")
 
 
 def sha256(path):
@@ -219,51 +315,13 @@ def code_digest(*files):
 
 
 # ------------------------------------------------------------ running
-class Progress:
-    """Lines on stderr while a run goes on, from the first process only.
-
-    None when `quiet`.
-    """
-
-    def __init__(self, quiet=False):
-        self.silent = quiet or os.environ.get("RANK", "0") != "0"
-
-    def say(self, line):
-        if not self.silent:
-            print(line, file=sys.stderr, flush=True)
-
-    def begin(self, total):
-        """From now on `total` steps are to be done."""
-        self.total = total
-        self.done = 0
-        self.began = time.time()
-
-    def step(self, line, steps=1):
-        """`line` with the time left, now that `steps` more are done."""
-        self.done += steps
-        a_step = (time.time() - self.began) / self.done
-        left = a_step * max(0, self.total - self.done)
-        self.say(f"{line}  {left:5.0f} s left")
-
-
-class Stopwatch:
-    """Seconds a stage: lap(stage) counts the time since the last lap for it."""
-
-    def __init__(self):
-        self.seconds = {}
-        self.mark = time.time()
-
-    def lap(self, stage):
-        now = time.time()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.mark
-        self.mark = now
-
-
 def failure(error):
     """(exit code, sentence) of an error that a user can do something about, or None."""
     text = str(error) or type(error).__name__
     if isinstance(error, InputError):
         return 2, text
+    if isinstance(error, PermissionError) and error.filename:
+        return 2, str(denied(error.filename, "read or written"))
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; nothing incomplete was left where results go"
     if isinstance(error, torch.OutOfMemoryError):
@@ -271,7 +329,7 @@ def failure(error):
                    "try --dtype bfloat16, fewer tokens, --device cpu")
     if not isinstance(error, (OSError, SafetensorError, MemoryError, RuntimeError)):
         return None
-    if re.search("gloo|nccl", text, re.I):
+    if isinstance(error, DISTRIBUTED) or re.search("gloo|nccl", text, re.I):
         return 1, "another process of this run ended; its reason is in its own message"
     foreseen = re.search("allocate memory|not finite", text)
     if isinstance(error, RuntimeError) and not foreseen:
@@ -296,5 +354,7 @@ def run(main):
         if known is None:
             raise
         code, message = known
+    if Progress.running:
+        Progress.running.erase()
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)

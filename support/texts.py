@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.script import ROOT, InputError, sha256
+from support.script import ROOT, InputError, check_readable, sha256
 
 # ------------------------------------------------------------ the library's source
 NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages",
@@ -114,6 +114,7 @@ def download(name):
                              "put it there yourself, or use a text that needs no "
                              "network: stdlib, or your own .txt, .jsonl or "
                              ".npy") from None
+    check_readable(path)
     found = wanted = sha256(path)
     if pinned:
         wanted = pinned
@@ -175,6 +176,7 @@ def read_text(path):
 
     Raises InputError, with the line of what is not UTF-8.
     """
+    check_readable(path)
     try:
         content = Path(path).read_bytes()
         return content.decode("utf-8-sig")
@@ -227,6 +229,7 @@ def too_short(text, tokens, seqlen):
 
 def token_array(text, ckpt):
     """The token ids of a .npy file: 1-D (a stream) or 2-D (the windows), a LongTensor."""
+    check_readable(text)
     try:
         ids = np.load(text, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:

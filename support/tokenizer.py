@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import sentencepiece
 
-from support.script import InputError, read_json
+from support.script import InputError, check_readable, read_json
 from support.texts import read_text
 
 # ------------------------------------------------------------ the files beside the weights
@@ -372,6 +372,8 @@ def open_pieces(folder, beside):
     """The tokenizer in `folder`: tokenizer.json decides. Raises InputError."""
     js = folder / "tokenizer.json"
     sp = folder / "tokenizer.model"
+    for path in (sp, js):
+        check_readable(path)
     if not sp.is_file() and not js.is_file():
         raise InputError(f"{folder} has no tokenizer.model or tokenizer.json; "
                          "put the one that came with it there")

@@ -13,6 +13,7 @@ FILES = [ROOT / name for name in SCRIPTS] + [
 ]
 # Each imports only from those before it; experiments stand above all.
 ORDER = [
+    "support.progress",
     "support.script",
     "model",
     "support.fast",
