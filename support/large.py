@@ -315,6 +315,12 @@ class Kept:
 
 
 # ------------------------------------------------------------ the plan
+# Calibration tokens for each input of the widest layer, and what fewer cost
+# (experiments/ridge.py).
+ENOUGH = 2
+COST = "below 2 perplexity rises"
+
+
 def machine_rates(device, dtype):
     """What this machine does now: (FLOP/s in dtype, FLOP/s in fp32, bytes/s).
 
@@ -418,6 +424,8 @@ class Plan:
     held: dict                  # {what: bytes}, of `costs`
     inputs: float               # bytes of block inputs in the host's memory
     solving: float              # bytes of a block in the host's memory, of all processes
+    windows: tuple              # (how many, tokens each)
+    widest: int                 # inputs of the widest layer
     disk: dict = field(default_factory=dict)    # {what: (folder, bytes)}
 
     def place(self, result, inputs=None, statistics=None):
@@ -433,7 +441,8 @@ class Plan:
     def check(self):
         """Raise InputError for what does not fit."""
         host = torch.device("cpu")
-        spare = "--spill DIR keeps block inputs on disk, fewer --samples shrink them"
+        spare = ("--spill DIR keeps block inputs on disk, fewer --samples shrink them, at a "
+                 f"price below {self.enough()}")
         other = "--device cpu works in the host's memory"
         needs = ((host, self.inputs + self.solving, spare),
                  (self.device, self.held["block"], other))
@@ -446,13 +455,26 @@ class Plan:
                                  f"{advice}")
         check_space(*self.disk.values())
 
+    def enough(self):
+        """The fewest --samples that cost no more than a few per cent of perplexity."""
+        return math.ceil(ENOUGH * self.widest / self.windows[1])
+
+    def warning(self):
+        """A line about too few calibration tokens, with its newline; '' where enough."""
+        N, T = self.windows
+        if not 0 < N < self.enough():
+            return ""
+        return (f"\nwarning: {N * T:,} tokens are {N * T / self.widest:.1f} for each of the "
+                f"widest layer's {self.widest:,} inputs; {COST}: expected --samples "
+                f"{self.enough()} or more")
+
     @property
     def pace(self):
         """{stage: seconds} to hold a run on a CPU against; a GPU waits for other things."""
         return self.seconds if self.device.type == "cpu" else {}
 
     def line(self):
-        """The plan in one line."""
+        """The plan in one line, and a warning in another."""
         parts = [f"{(self.inputs + self.solving) / 1e9:.2f} GB of memory"]
         if self.device.type == "cuda":
             parts.append(f"{self.held['block'] / 1e9:.2f} GB on the GPU")
@@ -461,7 +483,8 @@ class Plan:
         flops, _, moved = self.rates
         minutes = sum(self.seconds.values()) / 60
         return (f"plan: about {minutes:.1f} min to the factors, {', '.join(parts)} "
-                f"(measured: {flops / 1e9:,.0f} GFLOP/s, {moved / 1e9:.0f} GB/s)")
+                f"(measured: {flops / 1e9:,.0f} GFLOP/s, {moved / 1e9:.0f} GB/s)"
+                f"{self.warning()}")
 
 
 def make_plan(cfg, cut, windows, device, dtype, signal):
@@ -482,4 +505,5 @@ def make_plan(cfg, cut, windows, device, dtype, signal):
     seconds = {"forward sweep": forward, "backward sweep": backward,
                "solve": takes["Cholesky and SVD"] + takes["ALS"]}
     solving = held["block"] * world if device.type == "cpu" else 0
-    return Plan(device, seconds, rates, held, held["inputs"], solving)
+    widest = max(n for _, n, _ in cut.values())
+    return Plan(device, seconds, rates, held, held["inputs"], solving, windows, widest)

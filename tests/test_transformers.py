@@ -19,12 +19,13 @@ pytest.importorskip("accelerate")
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import air
+from config_sweep import sweep
 from conftest import ROOT, TINY, write_checkpoint
-from model import LAYERS
+from model import LAYERS, Llama
+from public_configs import CONFIGS
 from support import export
 from support.checkpoint import Checkpoint
-from support.config import MODELING, compressed_config
-from support.script import InputError
+from support.config import MODELING, compressed_config, parse_config
 
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=16)
@@ -117,13 +118,35 @@ def farthest(a, b):
     return (a - b).abs().max().item()
 
 
-def our_logits(folder, raw, ids):
-    """By model.py; None for a family that it does not know."""
-    try:
-        return Checkpoint(folder).model(dtype=torch.float32)(ids)
-    except InputError:
-        assert raw["model_type"] == "qwen3"
-        return None
+def our_logits(folder, ids):
+    return Checkpoint(folder).model(dtype=torch.float32)(ids)
+
+
+@pytest.mark.parametrize("name", CONFIGS, ids=lambda name: name.replace(" ", "-"))
+def test_public_configurations_compute_the_same(name, tmp_path):
+    """The forms in which checkpoints are published, over the whole context that we allow."""
+    raw = CONFIGS[name]
+    shapes = {key: tuple(w.shape) for key, w in Llama(parse_config(raw)).state_dict().items()}
+    if raw.get("tie_word_embeddings"):
+        shapes.pop("lm_head.weight")
+    state = {key: torch.from_numpy(w) for key, w in weights(shapes).items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    ids = torch.randint(64, (2, Checkpoint(tmp_path).cfg.context), generator=torch.Generator().manual_seed(0))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert farthest(our_logits(tmp_path, ids), logits(stock, ids)) < 1e-4
+
+
+EDITED = [("llama", "rope_scaling"), ("llama", "rope_parameters"), ("mistral", "sliding_window"),
+          ("qwen2", "layer_types"), ("qwen3", "head_dim")]
+
+
+@pytest.mark.parametrize("family, key", EDITED)
+def test_an_edited_key_computes_the_same_or_is_refused(family, key):
+    """Five keys of tests/config_sweep.py, which has them all."""
+    outcomes = [(shown, what, detail) for _, shown, what, detail in sweep(family, [key])]
+    assert not [each for each in outcomes if each[1] == "DIFFERENT"]
+    assert {"same", "refused"} <= {each[1] for each in outcomes}
 
 
 def test_it_computes_what_the_products_do(case, windows):
@@ -134,8 +157,7 @@ def test_it_computes_what_the_products_do(case, windows):
     assert model.num_parameters() == sum(w.numel() for w in load_file(case.folder / "model.safetensors").values())
     expected = logits(case.dense, windows)
     assert expected.std() > 0.3 and farthest(logits(model, windows), expected) < 1e-4
-    ours = our_logits(case.folder, case.raw, windows)
-    assert ours is None or farthest(ours, expected) < 1e-4
+    assert farthest(our_logits(case.folder, windows), expected) < 1e-4
     if case.raw["tie_word_embeddings"]:
         assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -160,8 +182,7 @@ def test_saved_by_transformers_both_read_it_again(case, windows, tmp_path):
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (case.folder, tmp_path / "again"))
     keys = ("air", "model_type", "architectures", "auto_map")
     assert [after[key] for key in keys] == [before[key] for key in keys]
-    ours = our_logits(tmp_path / "again", case.raw, windows)
-    assert ours is None or torch.equal(ours, our_logits(case.folder, case.raw, windows))
+    assert torch.equal(our_logits(tmp_path / "again", windows), our_logits(case.folder, windows))
 
 
 def test_in_bf16(case, windows):
@@ -255,8 +276,6 @@ def command(monkeypatch, main, *arguments):
 
 def test_the_export_needs_no_trust_and_no_file(case, windows, tmp_path, monkeypatch):
     """The stock class on the multiplied-out weights; of a result that transformers has saved, the same file."""
-    if our_logits(case.folder, case.raw, windows) is None:
-        pytest.skip("model.py does not know this family")
     command(monkeypatch, export.main, case.folder, "--dense", tmp_path / "dense")
     stock, info = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
     assert not any(info.values()) and type(stock).__name__ == case.raw["architectures"][0]
@@ -276,7 +295,7 @@ def test_what_air_py_writes(name, blocks, windows, tmp_path, monkeypatch):
     np.save(tmp_path / "w.npy", windows.numpy())
     command(monkeypatch, air.main, "--ckpt", tmp_path / "source", "--out", tmp_path / "out", "--quiet",
             "--calib", tmp_path / "w.npy", "--text", "none", "--layers", blocks, "--device", "cpu")
-    expected = our_logits(tmp_path / "out", CASES[name], windows)
+    expected = our_logits(tmp_path / "out", windows)
     assert farthest(logits(load(tmp_path / "out"), windows), expected) < 1e-4
 
 
