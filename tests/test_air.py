@@ -6,6 +6,7 @@ import torch
 import air as A
 from conftest import distance
 from model import LAYERS
+from support.checkpoint import Checkpoint
 
 
 def problem(m=12, n=10, tokens=40, seed=0):
@@ -69,6 +70,44 @@ def test_ridge_is_a_share_of_the_own_diagonal():
     for j in range(10):
         expected[j, j] *= 1.5
     assert shift == 0.5 and torch.allclose(S @ S.T, expected)
+
+
+def few_tokens(seed, n=96, m=64, tokens=64):
+    """(W, ΣXXᵀ of fewer tokens than inputs, a skewed I, fresh X): channels of many energies, mixed and correlated."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n, n, generator=g) * torch.logspace(0, -2, n)
+    energy = torch.logspace(-1, 1, n)[torch.randperm(n, generator=g), None]
+    X, fresh = (energy * (mix @ torch.randn(n, t, generator=g)) for t in (tokens, 2000))
+    W, I = torch.randn(m, n, generator=g) / energy.T, torch.rand(m, n, generator=g) ** 4
+    return W, X @ X.T, I / I.mean(), fresh
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_ridge_keeps_few_tokens_from_being_magnified(seed):
+    """Without it the weighted fit leaves errors where there is no energy, and S⁻¹ magnifies them on other tokens."""
+    W, gram, I, fresh = few_tokens(seed)
+
+    def error(ridge, delta):
+        U, V, losses = A.air(W, A.profile(gram, ridge)[0], I, 38, delta)
+        assert losses.after <= losses.before * 1.00001                       # "improved", in either case
+        return ((W - U @ V) @ fresh).norm()
+    assert error(0.0, 2.0) > 1.4 * error(0.0, 0.0)
+    assert error(0.003, 2.0) < 1.15 * error(0.0, 0.0)
+    assert error(0.003, 0.0) < 1.01 * error(0.0, 0.0)                       # SVD-LLM(W) does not lose by it
+
+
+def test_the_ridge_follows_the_tokens(tiny, windows):
+    ckpt = Checkpoint(tiny)
+    sweep = A.statistics(ckpt, windows, torch.device("cpu"), torch.float32, range(2))
+    ranks = A.pick_ranks(ckpt, range(2), 0.5)
+    for l, stats in sweep:
+        for ridge in (None, 0.0, 0.25):
+            for layer in A.layers_of(ckpt, l, stats, ranks, "cpu", ridge):
+                n = layer.W.shape[1]
+                expected = A.RIDGE * n / windows.numel() if ridge is None else ridge
+                gram = layer.inputs.gram
+                assert torch.allclose(layer.S @ layer.S.T, gram + expected * gram.diagonal().diag())
+                assert layer.inputs.repair == 0
 
 
 def test_profile_of_what_is_not_finite_ends():

@@ -105,6 +105,7 @@ def test_gram_equals_a_sum_of_outer_products(tmp_path, windows):
             X = torch.cat([x[0] for x in inputs[l, name]])
             outer = sum(torch.outer(x, x) for x in X)
             assert distance(stats[READS[name] + ".gram"], outer) < 1e-12
+            assert stats[READS[name] + ".tokens"] == windows.numel()
             assert distance(stats[READS[name] + ".mean_abs"], X.abs().mean(0)) < 1e-12
     assert distance(h, whole_hidden(model, windows)) < 1e-12
 
