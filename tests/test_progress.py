@@ -13,6 +13,7 @@ import calibrate
 import eval_ppl
 import influence
 from conftest import ROOT, script
+from support import large
 from support import progress as P
 from support.checkpoint import Checkpoint
 from support.script import InputError
@@ -190,11 +191,16 @@ def test_an_interrupt_leaves_a_clean_line(monkeypatch):
                                                                 "where results go\n")
 
 
-def test_layers_stop_the_way_back_at_the_lowest(tiny, windows):
-    """--layers 1:2 needs no gradient below block 1: one block is swept, and said to be."""
-    ckpt = Checkpoint(tiny)
-    found = list(air.statistics(ckpt, windows, torch.device("cpu"), torch.float32, range(1, 2), "lrp"))
-    assert [l for l, _ in found] == [1]
+@pytest.mark.parametrize("spill", [False, True])
+def test_layers_stop_the_way_back_at_the_lowest(spill, tiny, tmp_path, windows, monkeypatch):
+    """--layers 1:2 needs no gradient below block 1: of the 2 blocks one is swept back, and said to be the only one."""
+    totals, enter = [], P.Progress.enter
+    monkeypatch.setattr(P.Progress, "enter", lambda self, loop: (totals.append((loop.name, loop.total)),
+                                                                 enter(self, loop))[1])
+    P.Progress().listen()
+    collect = large.Kept(None, tmp_path / "p").statistics if spill else air.statistics
+    found = [l for l, _ in collect(Checkpoint(tiny), windows, torch.device("cpu"), torch.float32, range(1, 2), "lrp")]
+    assert found == [1] and ("backward sweep: block", 1) in totals
 
 
 # ---- influence of nothing
