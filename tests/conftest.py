@@ -18,7 +18,8 @@ from make_golden import SMALL, weights                      # noqa: E402
 from model import Llama                       # noqa: E402
 from support.config import parse_config                       # noqa: E402
 
-torch.set_num_threads(min(2, os.cpu_count()))
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(min(2, os.cpu_count()))
 TINY = dict(SMALL, architectures=["LlamaForCausalLM"], model_type="llama")  # 2 blocks, dim 32, 4 heads on 2 kv heads
 
 
@@ -60,7 +61,7 @@ def official():
 def script(name, *arguments, cwd=None, env=None):
     """Run a script of the repository as a user would; returns the finished process, output as text."""
     return subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "2"} | (env or {}))
+                          capture_output=True, env={"OMP_NUM_THREADS": "2"} | os.environ | (env or {}))
 
 
 def distance(a, b):
