@@ -36,8 +36,7 @@ from support.texts import digest, own_windows, with_defaults
 # Where both sides are as wide, support/fast.py computes the same with less work; math.inf
 # keeps to the lines here.
 FAST_FROM = fast.FROM
-# At one token an input; 0.5 is measured best (experiments/ridge.py).
-RIDGE = 0.5
+LARGEST_RIDGE = 100
 
 
 # ------------------------------------------------------------ the method
@@ -45,6 +44,20 @@ def rank_at(rate, m, n):
     """The largest rank k with k(m+n) <= rate·m·n: `rate` is kept (Section 4.1)."""
     # 1e-9: a whole number must not be rounded below itself.
     return int(rate * m * n / (m + n) + 1e-9)
+
+
+def own_energies(gram):
+    """ΣXXᵀ's diagonal (n,), each input's energy, above 0.
+
+    An input that is always zero counts as the weakest of the others; if all are, every
+    number will do. Raises RuntimeError for what is not finite.
+    """
+    own = gram.diagonal().clone()
+    if not torch.isfinite(own).all():
+        raise RuntimeError("ΣXXᵀ is not finite")
+    alive = own > 0
+    own[~alive] = own[alive].min() if alive.any() else 1.0
+    return own
 
 
 def profile(gram, ridge=0.0):
@@ -55,14 +68,10 @@ def profile(gram, ridge=0.0):
     numerically positive definite, which more tokens than inputs usually are. Raises
     RuntimeError for a matrix that is not finite.
     """
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"a ridge of {ridge}")
     gram = gram.double()
-    own = gram.diagonal().clone()
-    if not torch.isfinite(own).all():
-        raise RuntimeError("ΣXXᵀ is not finite")
-    # An input that is always zero counts as the weakest of the others; if all are, every
-    # S will do.
-    alive = own > 0
-    own[~alive] = own[alive].min() if alive.any() else 1.0
+    own = own_energies(gram)
     info = torch.empty((), dtype=torch.int32, device=gram.device)
     # Not in the paper: the ridge, and the repair, ever larger ones. A share of the mean
     # diagonal instead would drown weak inputs. Released code differs: it adds
@@ -80,12 +89,12 @@ def profile(gram, ridge=0.0):
 
 
 def default_ridge(n, tokens):
-    """The share of ΣXXᵀ's own diagonal that `profile` adds where --ridge is not given.
+    """The ridge of `profile` where none is given: 0.1 n/tokens.
 
-    Not in the paper: the fewer tokens an input, the larger; experiments/ridge.py
-    measured it.
+    Not in the paper: a tenth at one token an input, nothing to speak of where there are
+    many, as experiments/ridge.py measured.
     """
-    return RIDGE * n / tokens
+    return 0.1 * n / tokens
 
 
 def normalise(I, scale="mean"):
@@ -172,7 +181,7 @@ def native_factors(U, sigma, Vh, S=None):
 
 
 class Losses(NamedTuple):
-    """What a weight's approximation costs on the calibration windows."""
+    """What a weight's approximation costs on the calibration windows, ridge included."""
 
     act: float | None    # L_act (Eq. 3) of SVD-LLM(W)'s start; of another method's result
     before: float | None    # L_act,infl (Eq. 4) of the start; None for methods without it
@@ -406,11 +415,16 @@ class Solved:
 
 
 def activation_loss(layer, U, V):
-    """L_act = ‖DX‖² = tr(D ΣXXᵀ Dᵀ) with D = W − UV, and the zero matrix's, as Losses."""
+    """L_act = ‖DX‖² = tr(D ΣXXᵀ Dᵀ) with D = W − UV, and the zero matrix's, as Losses.
+
+    ΣXXᵀ with its ridge, as in `air`.
+    """
     if layer.inputs.gram is None:                          # plain SVD sees no activations
         return Losses(None, None, None, None)
     W = layer.W
-    gram = layer.inputs.gram.to(W.dtype)
+    gram = layer.inputs.gram.clone()
+    gram.diagonal().add_(layer.inputs.ridge * own_energies(gram))
+    gram = gram.to(W.dtype)
     D = W - U @ V
     act = ((D @ gram) * D).sum().item()
     zero = ((W @ gram) * W).sum().item()
@@ -497,6 +511,16 @@ class Job:
         shapes = shapes_of(self.ckpt, self.blocks)
         return {layer: (*shapes[layer], k) for layer, k in self.ranks.items()}
 
+    @property
+    def ridges(self):
+        """{n: share} of ΣXXᵀ's diagonal that is added for the layers of n inputs."""
+        if not len(self.windows):
+            return {}
+        asked = self.options.ridge
+        tokens = self.windows.numel()
+        return {n: default_ridge(n, tokens) if asked is None else asked
+                for n in sorted({n for _, n, _ in self.cut.values()})}
+
     def facts(self):
         """What a result depends on: a run that goes on must have the same."""
         return {
@@ -555,6 +579,9 @@ def prepare(args):
     if args.sweeps < 0 or not 0 <= args.delta < math.inf:
         raise InputError(f"--sweeps is {args.sweeps} and --delta {args.delta}; "
                          "expected both to be 0 or more")
+    if args.ridge is not None and not 0 <= args.ridge <= LARGEST_RIDGE:
+        raise InputError(f"--ridge is {args.ridge}; expected 0 to {LARGEST_RIDGE}, a share "
+                         "of ΣXXᵀ's own diagonal, or none for the default")
     ckpt.extras()                           # what cannot be copied at the end is said now
     options = Options(**{each.name: getattr(args, each.name) for each in fields(Options)})
     blocks = pick_blocks(args.layers, ckpt.cfg.n_layers)
@@ -646,6 +673,7 @@ def main():
         sweep = sweep_of(job, left)
         progress.say(report.header(job, args.seed))
         progress.say(plan.line())
+        progress.warn(plan.warning())
         if len(left) < len(job.blocks):
             progress.say(f"going on: {len(job.blocks) - len(left)} of {len(job.blocks)} "
                          f"blocks are finished in {job.out}.partial")

@@ -8,6 +8,7 @@ on:
 Shapes: N windows, T tokens a window, n inputs of a layer.
 """
 import io
+import math
 import random
 from types import SimpleNamespace
 
@@ -176,7 +177,9 @@ def main():
     for l, stats in forward_sweep(ckpt, embed(ckpt, windows, dtype), device, gram=True):
         conditions = []
         for name in INPUTS:
-            condition = torch.linalg.cond(stats[f"{name}.gram"])
+            gram = stats[f"{name}.gram"]
+            # Of an input that is always zero, 0/0.
+            condition = torch.linalg.cond(gram).item() if gram.any() else math.inf
             conditions.append(f"{name.split('.')[1]} {condition:.1e}")
         print(f"{l:>5}  " + "   ".join(conditions), flush=True)
 

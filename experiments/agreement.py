@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import distance, write_checkpoint
 from model import LAYERS, READS
 from support.checkpoint import Checkpoint
-from support.script import ROOT, write_json
+from support.script import ROOT, InputError, run, write_json
 
 RUNS = {        # name in official.npz, or here alone: options of air.py
     "air_unit": (),
@@ -39,7 +39,7 @@ def compress(folder, windows, out):
     np.save(f"{out}/w.npy", windows)
     for name, options in RUNS.items():
         command = [sys.executable, ROOT / "air.py", "--ckpt", folder,
-                   "--calib", f"{out}/w.npy", "--text", "none", *options,
+                   "--calib", f"{out}/w.npy", "--text", "none", *options, "--ridge", "0",
                    "--stats", f"{out}/stats", "--out", f"{out}/{name}",
                    "--quiet", "--device", "cpu"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -59,9 +59,9 @@ def layer_distances(out, numbers, blocks):
             for ours, theirs in SIGNALS.items():
                 influence = numbers[f"{theirs}/{layer}"]
                 yield ours, distance(stats[f"{name}.{ours}"], influence)
-            for run, w in weights.items():
+            for name_of_run, w in weights.items():
                 product = w[layer + ".U.weight"] @ w[layer + ".V.weight"]
-                yield run, distance(product, numbers[f"{run}/{layer}"])
+                yield name_of_run, distance(product, numbers[f"{name_of_run}/{layer}"])
 
 
 def golden_distances(out):
@@ -87,8 +87,12 @@ def distances(folder):
 
 
 def main():
+    folder = Path(*sys.argv[1:2])
+    if len(sys.argv) != 2 or not (folder / "official.npz").is_file():
+        raise InputError("expected one folder, with a checkpoint and the authors' numbers "
+                         "for it in official.npz, which are not part of this repository")
     worst = {}
-    for what, value in distances(Path(sys.argv[1])):
+    for what, value in distances(folder):
         worst[what] = max(worst.get(what, 0.0), float(value))
     write_json(ROOT / "experiments" / "results" / "agreement.json", worst)
     for what, value in worst.items():
@@ -96,4 +100,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

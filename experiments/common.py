@@ -27,6 +27,7 @@ from experiments.report import (RESULTS, block, claims, mean_spread, number, pyp
                                 refresh)
 from influence import check_signal
 from support.checkpoint import Checkpoint, in_memory
+from support.config import own_defaults
 from support.large import SWEEPS, Kept
 from support.progress import Progress
 from support.script import (ROOT, InputError, code_digest, finite, parser, pick_device,
@@ -183,8 +184,8 @@ class Lab:
         self.results = Path(setup.results)
         for folder in (self.work, self.results):
             folder.mkdir(parents=True, exist_ok=True)
-        defaults = self.ckpt.raw.get("defaults") or {}
-        self.calib = setup.calib or defaults.get("text", "wikitext2")
+        named = own_defaults(self.ckpt.raw).get("text", "wikitext2")
+        self.calib = setup.calib or named
         resolved = self.resolve(self.calib, "train")
         _, self.samples, self.seqlen = with_defaults(
             self.ckpt, resolved, setup.samples, setup.seqlen)

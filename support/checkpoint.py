@@ -3,6 +3,7 @@ written."""
 import hashlib
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -103,6 +104,12 @@ def open_tensors(path):
     except Exception as e:
         # Truncated, corrupt, code in a pickle: each library has its own errors.
         reason = str(e).strip().split("\n")[0][:200]
+        if reason.startswith("Weights only load failed"):
+            kind = re.search(r"GLOBAL (\S+)|class \S*?([\w.]+)", str(e))
+            named = f", such as {kind[1] or kind[2]}" if kind else ""
+            raise InputError(f"{path} holds Python objects besides tensors{named}, which "
+                             "could run code and are not loaded; save its state dict "
+                             "alone, best as .safetensors") from None
         raise InputError(f"{path} cannot be read as a checkpoint ({reason}); expected a "
                          f"whole {path.suffix} file: check its size "
                          "or copy it again") from None

@@ -42,11 +42,10 @@ NEUTRAL = {
     "logit_scale": (None, 1),
     "scale_emb": (None, 1),
     "scale_depth": (None,),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
+    "attn_logit_softcapping": (None, 0),
+    "final_logit_softcapping": (None, 0),
     "query_pre_attn_scalar": (None,),
     "clip_qkv": (None,),
-    "use_qk_norm": (None, False),
     "no_rope_layers": (None, []),
 }
 # What would have to be done, where there is more to say than the key's name.
@@ -119,6 +118,8 @@ def family(raw):
     there, each must be one that is known.
     """
     known = {name.lower(): kind for kind, name in FAMILIES.items()}
+    # The body alone, which transformers' AutoModel saves; tied, it is whole.
+    known |= {kind + "model": kind for kind in FAMILIES}
     named = raw.get("architectures")
     kind = raw.get("model_type")
     if named is not None:
@@ -293,6 +294,19 @@ def head_sizes(raw):
     return heads, kv_heads, D
 
 
+def own_defaults(raw):
+    """What config.json names under "defaults": a text, samples, seqlen, or fewer."""
+    section = mapping(raw, "defaults")
+    found = {key: integer(section, key) for key in ("samples", "seqlen")
+             if section.get(key) is not None}
+    text = section.get("text")
+    if text is not None:
+        if not isinstance(text, str):
+            raise refuse("defaults.text", text, "a text's name")
+        found["text"] = text
+    return found
+
+
 def ranks_of(raw):
     """{layer: k} of a result's low-rank layers."""
     section = mapping(raw, "air")
@@ -311,6 +325,8 @@ def parse_config(raw):
     """
     kind = family(raw)
     check_neutral(raw)
+    if boolean(raw, "use_qk_norm") and kind != "qwen3":
+        raise refuse("use_qk_norm", True, f"none in a {kind}")
     heads, kv_heads, D = head_sizes(raw)
     rope = rope_settings(raw)
     theta = rope.pop("rope_theta")

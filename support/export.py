@@ -1,21 +1,24 @@
 """A result as an ordinary checkpoint: W = UV multiplied out, for tools without low rank.
 
-    python -m support.export out/demo-air-0.6 --dense out/demo-air-0.6-dense
+    python support/export.py out/demo-air-0.6 --dense out/demo-air-0.6-dense
 
 llama.cpp, TensorRT-LLM and whatever else reads the source's architecture loads it. It is
 as large as the source was, so nothing is saved, and each product is rounded to the
 checkpoint's dtype: how far that moves the logits is printed.
 """
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from eval_ppl import last_states
 from model import to_logits
 from support.checkpoint import Checkpoint, Writer, part_of, result_bytes
 from support.config import dense_config
-from support.script import InputError, Progress, run
+from support.progress import Progress
+from support.script import InputError, check_apart, run
 
 WINDOWS = 4, 128        # random token ids on which both models are compared
 
@@ -82,6 +85,7 @@ def check(path, out):
     if Path(out).exists():
         raise InputError(f"{out} already exists; name another folder for --dense, "
                          "or delete it")
+    check_apart(path, dense=out)            # air.py replaces a result as a whole
     return ckpt
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import timeit
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +29,11 @@ def number(name, least, most, default=None):
     """A whole number that torchrun puts in the environment. Raises InputError."""
     found = os.environ.get(name) or default
     if found is None or not re.fullmatch("[0-9]+", found) or not least <= int(found) <= most:
-        upper = "" if most == math.inf else f" to {most}"
         world = os.environ["WORLD_SIZE"]
-        raise InputError(f"{name} is {found or 'not set'}, and WORLD_SIZE is {world}; "
-                         f"expected a whole number, {least}{upper or ' or more'}: start "
-                         "with torchrun, which sets them, or unset WORLD_SIZE")
+        beside = "" if name == "WORLD_SIZE" else f", and WORLD_SIZE is {world}"
+        raise InputError(f"{name} is {found or 'not set'}{beside}; expected a whole "
+                         f"number, {least} to {most}: start with torchrun, which sets "
+                         "them, or unset WORLD_SIZE")
     return int(found)
 
 
@@ -42,7 +43,7 @@ def start_processes(device):
     They talk through gloo on CPUs, nccl on GPUs. Alone, nothing happens. Raises
     InputError for what is amiss in the environment, and where they cannot be joined.
     """
-    world = number("WORLD_SIZE", 1, math.inf, "1")
+    world = number("WORLD_SIZE", 1, 2**16, "1")
     if world == 1:
         return device
     number("RANK", 0, world - 1)
@@ -55,6 +56,8 @@ def start_processes(device):
         local = number("LOCAL_RANK", 0, torch.cuda.device_count() - 1)
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    print(f"process {os.environ['RANK']} of {world} joins the others at {address}, port "
+          f"{port}", file=sys.stderr)
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except (RuntimeError, ValueError, OSError) as e:
@@ -456,17 +459,17 @@ class Plan:
         check_space(*self.disk.values())
 
     def enough(self):
-        """The fewest --samples that cost no more than a few per cent of perplexity."""
+        """The fewest --samples that hold ENOUGH tokens an input."""
         return math.ceil(ENOUGH * self.widest / self.windows[1])
 
     def warning(self):
-        """A line about too few calibration tokens, with its newline; '' where enough."""
+        """A line about too few calibration tokens; '' where there are enough."""
         N, T = self.windows
         if not 0 < N < self.enough():
             return ""
-        return (f"\nwarning: {N * T:,} tokens are {N * T / self.widest:.1f} for each of the "
-                f"widest layer's {self.widest:,} inputs; {COST}: expected --samples "
-                f"{self.enough()} or more")
+        return (f"warning: {N * T:,} calibration tokens are {N * T / self.widest:.1f} for "
+                f"each of the widest layer's {self.widest:,} inputs; {COST}: expected "
+                f"--samples {self.enough()} or more")
 
     @property
     def pace(self):
@@ -474,7 +477,7 @@ class Plan:
         return self.seconds if self.device.type == "cpu" else {}
 
     def line(self):
-        """The plan in one line, and a warning in another."""
+        """The plan in one line."""
         parts = [f"{(self.inputs + self.solving) / 1e9:.2f} GB of memory"]
         if self.device.type == "cuda":
             parts.append(f"{self.held['block'] / 1e9:.2f} GB on the GPU")
@@ -483,8 +486,7 @@ class Plan:
         flops, _, moved = self.rates
         minutes = sum(self.seconds.values()) / 60
         return (f"plan: about {minutes:.1f} min to the factors, {', '.join(parts)} "
-                f"(measured: {flops / 1e9:,.0f} GFLOP/s, {moved / 1e9:.0f} GB/s)"
-                f"{self.warning()}")
+                f"(measured: {flops / 1e9:,.0f} GFLOP/s, {moved / 1e9:.0f} GB/s)")
 
 
 def make_plan(cfg, cut, windows, device, dtype, signal):

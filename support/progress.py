@@ -13,6 +13,7 @@ IN_LOG = 30
 # layers are up to three times slower than their FLOP and byte counts say.
 MUCH_SLOWER = 8
 AT_LEAST = 10
+ENOUGH_STEPS = 3
 
 
 def duration(seconds):
@@ -84,7 +85,8 @@ class Progress:
     def __init__(self, quiet=False):
         # A RANK that a finished torchrun left behind counts as little as none.
         alone = os.environ.get("WORLD_SIZE", "") in ("", "1")
-        self.silent = quiet or not (alone or os.environ.get("RANK", "0") == "0")
+        self.first = alone or os.environ.get("RANK", "0") == "0"
+        self.silent = quiet or not self.first
         self.terminal = sys.stderr.isatty()
         self.spoke = time.time()
         self.shown = False              # whether a line stands that is to be rewritten
@@ -104,6 +106,12 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
             self.spoke = time.time()
 
+    def warn(self, line):
+        """A line that comes when `quiet`, too; none for ''."""
+        if self.first and line:
+            self.erase()
+            print(line, file=sys.stderr, flush=True)
+
     def begin(self, total, expected=None):
         """From now on `total` steps are to be done, in stages of `expected` seconds."""
         self.total = total
@@ -120,7 +128,9 @@ class Progress:
         left = worked / self.done * max(0, self.total - self.done)
         left += sum(loop.left() for loop in self.loops[:1])
         self.say(f"{line}  {duration(left):>7} left")
-        self.compare("solve", worked, self.done / self.total)
+        # One slow layer among many is not yet a slow run.
+        if self.done >= min(self.total, ENOUGH_STEPS):
+            self.compare("solve", worked, self.done / self.total)
         if self.done >= self.total:
             self.expected = {}
 

@@ -25,9 +25,11 @@ def header(job, seed):
     blocks = f"{len(job.blocks)} of {job.ckpt.cfg.n_layers} blocks of {job.ckpt.name}"
     tokens = f"{N} x {T} = {N * T:,} tokens of {job.calib}"
     dtype = f"{str(job.dtype)[6:]} ({job.why})"
+    shares = [f"{share:.2g}" for share in job.ridges.values()]
+    ridge = f", ridge {' to '.join(dict.fromkeys(shares))}" if shares else ""
     return (f"{versions}, {where}, {dtype}, seed {seed}{together}\n"
             f"{job.options.method} at rate {job.rate:g}: {blocks}; {tokens} "
-            f"for inputs up to {widest:,} wide")
+            f"for inputs up to {widest:,} wide{ridge}")
 
 
 def layer_line(solved):
@@ -51,6 +53,7 @@ def finish(job, writer, seed):
     N, T = job.windows.shape
     section = asdict(job.options) | {
         "rate": job.rate,
+        "ridge": {str(n): share for n, share in job.ridges.items()},
         "ranks": report["ranks"],
         "seed": seed,
         "dtype": str(job.dtype)[6:],
@@ -107,6 +110,7 @@ def summary(job, results, watch):
         "rate": job.rate,
         "signal": signal,
         "delta": delta,
+        "ridge": job.ridges,
         **results,
         "seconds": watch.seconds,
         "peak_rss_bytes": peak_memory(),

@@ -146,6 +146,8 @@ def check_writable(path):
         raise denied(path, "written") from None
     if not may_write(where):
         raise denied(where, "written")
+    if path.exists() and not may_write(path):
+        raise denied(path, "written")
 
 
 class Hold:
@@ -228,10 +230,14 @@ def read_json(path):
     """The JSON object in a file; InputError for anything else."""
     check_readable(path)
     try:
-        return dict(**json.loads(path.read_text("utf-8-sig")))
-    except (ValueError, TypeError, OSError) as e:
+        found = json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, OSError, RecursionError) as e:
         raise InputError(f"{path} is not readable as a JSON object ({e}); "
                          "copy it again from where it came") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is not a JSON object (found {str(found)[:40]!r}); "
+                         "copy it again from where it came")
+    return found
 
 
 def finite(value):

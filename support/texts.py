@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.script import ROOT, InputError, check_readable, sha256
+from support.config import own_defaults
+from support.script import ROOT, InputError, check_readable, denied, sha256
 
 # ------------------------------------------------------------ the library's source
 NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages",
@@ -109,6 +110,8 @@ def download(name):
     if not path.exists():
         try:
             fetch(url, path)
+        except PermissionError:
+            raise denied(DATA, "written") from None
         except (OSError, http.client.HTTPException) as e:
             raise InputError(f"{name} is not in {DATA} and could not be fetched ({e}); "
                              "put it there yourself, or use a text that needs no "
@@ -163,7 +166,7 @@ def jsonl_rows(lines, name):
         try:
             if line.strip():
                 rows.append(json.loads(line)["text"] + "")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(f"line {i} of {name} is not a JSON object with a text "
                              "under the key 'text'") from None
         if line.strip():
@@ -261,7 +264,7 @@ def with_defaults(ckpt, text=None, samples=None, seqlen=None):
     by the paper's. Raises InputError for a length beyond the model's context.
     """
     defaults = {"text": "wikitext2", "samples": 256, "seqlen": 2048}
-    defaults |= ckpt.raw.get("defaults") or {}
+    defaults |= own_defaults(ckpt.raw)
     text = text or defaults["text"]
     own = own_windows(text, ckpt)
     if own is not None:

@@ -1,14 +1,13 @@
 """Tokenizers: text <-> ids, what ends a text, chat templates, a text as it grows."""
 import json
 import re
-import sys
 from datetime import datetime
 from typing import NamedTuple
 
 import sentencepiece
 
 from support.script import InputError, check_readable, read_json
-from support.texts import read_text
+from support.texts import check_text, read_text
 
 # ------------------------------------------------------------ the files beside the weights
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
@@ -34,7 +33,8 @@ def is_bool(value):
 
 
 def is_text(value):
-    return isinstance(value, str)
+    """A text, without half of a surrogate pair."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def is_ids(value):
@@ -46,7 +46,8 @@ def is_ids(value):
 def is_text_to_id(value):
     """{"<|im_start|>": 32000, …}"""
     return isinstance(value, dict) and all(
-        text and type(i) is int and i >= 0 for text, i in value.items())
+        text and is_text(text) and type(i) is int and i >= 0
+        for text, i in value.items())
 
 
 def is_token(value):
@@ -69,7 +70,8 @@ def is_tokens(value):
 def is_decoder(value):
     """{"32000": {"content": "<|im_start|>", …}, …}"""
     return isinstance(value, dict) and all(
-        key.isdecimal() and is_added(token) for key, token in value.items())
+        re.fullmatch("[0-9]{1,9}", key) and is_added(token)
+        for key, token in value.items())
 
 
 def is_template(value):
@@ -136,12 +138,13 @@ class Beside:
         if "added_tokens_decoder" not in names:
             names = names | older
         self.named = {key: content(names[key]) for key in NAMED if key in names}
-        self.special = set(self.named.values())
+        self.special = set(self.named.values()) - {None}
         for key in LISTS:
             tokens = names.get(key) or []
             tokens = tokens.values() if isinstance(tokens, dict) else tokens
             self.special |= set(map(content, tokens))
         self.added = self.read_added()
+        self.mistral = read_json(folder / "config.json").get("model_type") == "mistral"
         self.eos_texts = {content(each.get("eos_token")) for each in (self.config, older)}
         self.eos_ids = set()
         for name in ("config.json", "generation_config.json"):
@@ -171,6 +174,7 @@ def as_added(token):
 # normalizer_spec.add_dummy_prefix to false: a text begins without a space put before it.
 NO_PREFIX = b"\x1a\x02\x18\x00"
 SPACE = re.compile(r"\s*")
+MARKER = re.compile(r"<\|?\w+\|?>")            # of a chat template, by its look
 
 
 class Sentences:
@@ -194,7 +198,8 @@ class Sentences:
         model = pieces.serialized_model_proto() + NO_PREFIX
         self.no_prefix = sentencepiece.SentencePieceProcessor(model_proto=model)
         name = beside.config.get("tokenizer_class") or ""
-        llama = name.removesuffix("Fast") == "LlamaTokenizer"
+        # A Mistral's class by this name is another one there.
+        llama = name.removesuffix("Fast") == "LlamaTokenizer" and not beside.mistral
         legacy = beside.config.get("legacy")
         self.legacy = not llama if legacy is None else legacy
         self.doubled = self.legacy and not llama        # a space before a space
@@ -210,14 +215,23 @@ class Sentences:
         self.bos = [bos] if wanted and bos is not None else []
 
     def all_added(self, beside):
-        """{id: Added}: the model's own control pieces, named special ones, added ones."""
+        """{id: Added}: the model's own control pieces, named special ones, added ones.
+
+        A special token that no file gives an id gets the next, as in transformers.
+        """
         pieces = self.pieces
         found = {}
         for i in range(pieces.vocab_size()):
             piece = pieces.id_to_piece(i)
             if pieces.is_control(i) or pieces.is_unknown(i) or piece in beside.special:
                 found[i] = Added(piece, special=True)
-        return found | beside.added
+        found |= beside.added
+        known = {token.content for token in found.values()}
+        for text in beside.named.values():
+            if text is not None and text not in known:
+                found[max(pieces.vocab_size() - 1, *found) + 1] = Added(text, special=True)
+                known.add(text)
+        return found
 
     def names(self, beside):
         """{"bos_token": text, …}: the model's own, but for those the files name."""
@@ -277,12 +291,11 @@ class Sentences:
 class Pieces:
     """tokenizer.json by the optional package tokenizers; the same methods.
 
-    What its post-processor puts before a text is `bos`, whatever add_bos_token says, as
-    in transformers. Raises InputError.
+    What its post-processor puts before a text is `bos`, unless add_bos_token is false,
+    which transformers 4 obeys, too (5 does not). Raises InputError.
     """
 
-    def __init__(self, path, beside):
-        import tokenizers
+    def __init__(self, path, beside, tokenizers):
         try:
             self.pieces = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:
@@ -299,7 +312,8 @@ class Pieces:
         # A template may also append: what is put first stands before the text's own.
         both = self.pieces.encode("a")
         marks = both.special_tokens_mask
-        self.bos = both.ids[:marks.index(0)] if 0 in marks else []
+        wanted = 0 in marks and beside.config.get("add_bos_token") is not False
+        self.bos = both.ids[:marks.index(0)] if wanted else []
 
     def add(self, beside, kind):
         """Add what only the files beside it know: their tokens, and special ones' rank."""
@@ -309,6 +323,9 @@ class Pieces:
         more |= {vocab[text]: Added(text, special=True)
                  for text in beside.special - {token.content for token in more.values()}
                  if text in vocab}
+        # A named one that no file gives an id gets the next.
+        there = {*vocab, *known, *(token.content for token in more.values())}
+        lost = [text for text in beside.named.values() if text and text not in there]
         for i, token in more.items():
             if token.content in known:
                 continue
@@ -319,6 +336,7 @@ class Pieces:
                 raise InputError(f"{beside.folder} names {token.content} as id {i}, in its "
                                  f"tokenizer.json it would be {found}; use files that "
                                  "came together")
+        self.pieces.add_special_tokens([kind(text, special=True) for text in lost])
 
     def id(self, text):
         return self.ids.get(text)
@@ -331,58 +349,27 @@ class Pieces:
 
 
 # ------------------------------------------------------------ which of the two
-def vocabulary(path):
-    """({text: id}, {id: Added}) of tokenizer.json, without its package.
-
-    Both are empty where they are not as they are in a LLaMA's.
-    """
-    raw = read_json(path)
-    model = raw.get("model")
-    texts = model.get("vocab") if isinstance(model, dict) else None
-    added = raw.get("added_tokens")
-    if not is_text_to_id(texts) or not isinstance(added, list):
-        return {}, {}
-    if not all(is_added(token) and type(token.get("id")) is int for token in added):
-        return {}, {}
-    return texts, {token["id"]: as_added(token) for token in added}
-
-
-def without_package(folder, beside):
-    """tokenizer.model where a tokenizer.json beside it has the same pieces and tokens.
-
-    Raises InputError where it has not: with other ids a result would depend on which
-    packages are installed.
-    """
-    js = folder / "tokenizer.json"
-    sp = folder / "tokenizer.model"
-    texts, added = vocabulary(js)
-    # What both files know is as it is in tokenizer.json.
-    beside.added = beside.added | added
-    texts = texts | {token.content: i for i, token in added.items()}
-    found = Sentences(sp, beside) if sp.is_file() and texts else None
-    if found is None or found.vocabulary() != texts:
-        raise InputError(f"{js} needs the package tokenizers; "
-                         "install it: pip install tokenizers")
-    print(f"{sp} is used, with the pieces of {js.name}, whose package tokenizers is not "
-          "installed", file=sys.stderr)
-    return found
-
-
 def open_pieces(folder, beside):
-    """The tokenizer in `folder`: tokenizer.json decides. Raises InputError."""
+    """The tokenizer in `folder`: tokenizer.json decides. Raises InputError.
+
+    Without its package tokenizer.model is no substitute: the two may treat spaces, BOS
+    and added tokens differently, and ids must not depend on what is installed.
+    """
     js = folder / "tokenizer.json"
     sp = folder / "tokenizer.model"
     for path in (sp, js):
         check_readable(path)
-    if not sp.is_file() and not js.is_file():
-        raise InputError(f"{folder} has no tokenizer.model or tokenizer.json; "
-                         "put the one that came with it there")
-    if not js.is_file():
+    if js.is_file():
+        try:
+            import tokenizers
+        except ImportError:
+            raise InputError(f"{js} needs the package tokenizers; "
+                             "install it: pip install tokenizers") from None
+        return Pieces(js, beside, tokenizers)
+    if sp.is_file():
         return Sentences(sp, beside)
-    try:
-        return Pieces(js, beside)
-    except ImportError:
-        return without_package(folder, beside)
+    raise InputError(f"{folder} has no tokenizer.model or tokenizer.json; "
+                     "put the one that came with it there")
 
 
 class Tokenizer:
@@ -415,6 +402,13 @@ class Tokenizer:
         named = self.beside.eos_ids | pieces.eos | set(map(self.id, self.beside.eos_texts))
         # Some files name -1 or nothing: an id that no model draws ends no text.
         self.eos = {i for i in named if i is not None and 0 <= i < rows}
+
+    def is_marker(self, i):
+        """Is id `i` a token with a name, as <|im_end|>, rather than a piece of text?
+
+        Yi's is a piece of its SentencePiece model, and no added one.
+        """
+        return i in self.added or bool(MARKER.fullmatch(self.decode([i]).strip()))
 
     def endings(self, stops):
         """The ids that end a text: `eos`, and those of --stop's texts that are one token.
@@ -468,7 +462,7 @@ def compiled(source, name):
                          source)
     try:
         return environment.from_string(source)
-    except jinja2.TemplateError as e:
+    except (jinja2.TemplateError, RecursionError) as e:
         raise InputError(f"{name} is not a template that Jinja2 reads ({e}); "
                          "use the one that came with the weights") from None
 
@@ -507,7 +501,7 @@ class Chat:
         messages = [{"role": role, "content": text} for role, text in turns]
         named = {key: text for key, text in self.tokenizer.named.items() if text is not None}
         try:
-            return self.template.render(
+            text = self.template.render(
                 messages=self.system + messages, tools=None, documents=None,
                 add_generation_prompt=start, **named)
         except Exception as e:
@@ -515,6 +509,8 @@ class Chat:
             reason = " ".join(str(e).split())
             raise InputError(f"{self.name} cannot be filled in ({reason}); leave out "
                              "--chat, or --system where it takes none") from None
+        check_text(text, f"what {self.name} makes")
+        return text
 
     def encode(self, message):
         return self.tokenizer.encode(self.render(("user", message), start=True))
@@ -527,7 +523,7 @@ class Chat:
         except InputError:
             return set()                    # for questions only
         after = self.tokenizer.encode(text.rpartition(ANSWER)[2])
-        return set([i for i in after if i in self.tokenizer.added][:1])
+        return set([i for i in after if self.tokenizer.is_marker(i)][:1])
 
 
 # ------------------------------------------------------------ a text as it grows

@@ -234,6 +234,8 @@ def test_official_through_the_command_line(official, tmp_path, air_py):
         tmp_path / "s",
         "--device",
         "cpu",
+        "--ridge",
+        0,
     )
     for kind in ("wxg", "fisher"):
         assert air_py(*base, "--signal", kind, "--out", tmp_path / kind, "--text", "none").returncode == 0

@@ -49,7 +49,9 @@ def test_ids_and_texts_are_those_of_transformers(name, tmp_path):
         assert tokenizer.decode(ids) == (text if decoded is None else decoded), text
     # transformers 5 puts a BOS before a tokenizer.model's ids only where add_bos_token says so; 4 did, as Meta does.
     silent = "tokenizer.model" in golden["files"] and "add_bos_token" not in str(golden["files"])
-    assert tokenizer.bos == ([1] if silent else golden["first"])
+    # It heeds add_bos_token: false no longer where a tokenizer.json puts one; 4 did.
+    refused = "post_processor" in golden["files"] and '"add_bos_token": false' in json.dumps(golden["files"])
+    assert tokenizer.bos == ([1] if silent else [] if refused else golden["first"])
 
 
 @pytest.mark.parametrize("name", ["demo, flags", "demo, new", "json, more tokens"])
@@ -75,7 +77,7 @@ def test_a_text_printed_as_it_grows_is_the_whole_text(name, tmp_path, capsys):
     ({}, {"tokenizer_config.json": {"added_tokens_decoder": decoder(2048)}, "special_tokens_map.json": END}, {2, 2049}),
     ({}, {"added_tokens.json": {"<|im_end|>": 2048},
           "special_tokens_map.json": {"eos_token": {"content": "<|im_end|>", "lstrip": False}}}, {2, 2048}),
-    ({}, {"tokenizer_config.json": END}, {2}),
+    ({}, {"tokenizer_config.json": END}, {2, 2048}),        # no file gives it an id: the next
 ])
 def test_what_ends_a_text_is_what_any_file_names(config, files, expected, tmp_path):
     files = files | {"tokenizer.model": "demo"}
@@ -184,20 +186,47 @@ def test_tokenizer_json_decides_where_both_lie_there(tmp_path):
     assert len(ids) == 3 and ids[2] == 2049 and ids[:2] != own
 
 
-def test_without_its_package_tokenizer_json_must_say_what_the_model_says(tmp_path, monkeypatch, capsys):
+def test_without_its_package_tokenizer_json_is_not_replaced(tmp_path, monkeypatch):
+    """Ids must not depend on what is installed: tokenizer.model may treat spaces, BOS and added tokens differently."""
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    files = {"tokenizer.model": "demo", "tokenizer.json": json_of("demo", ["<|im_start|>", "<|im_end|>"])}
-    tokenizer = tokenizer_of(tmp_path / "c", files, 2050)
-    assert tokenizer.encode("a<|im_end|>") == [tokenizer.encode("a")[0], 2049]
-    said = capsys.readouterr().err
-    assert said.count("\n") == 2 - 1 and "tokenizers is not installed" in said
-    others = [json_of("demo", **{"700": "other"}), json_of("demo") | {"model": {"vocab": [["a"]]}}, {}, {"model": 3},
-              json_of("demo") | {"added_tokens": [{"id": "x", "content": "y"}]}, json_of("demo") | {"added_tokens": 3}]
-    for i, other in enumerate(others):
+    for i, files in enumerate(({"tokenizer.json": json_of("demo")},
+                               {"tokenizer.model": "demo", "tokenizer.json": json_of("demo")})):
         with pytest.raises(InputError, match="pip install tokenizers"):
-            tokenizer_of(tmp_path / f"other{i}", {"tokenizer.model": "demo", "tokenizer.json": other}, 2050)
-    with pytest.raises(InputError, match="pip install tokenizers"):
-        tokenizer_of(tmp_path / "alone", {"tokenizer.json": json_of("demo")}, 2050)
+            tokenizer_of(tmp_path / str(i), files, 2050)
+
+
+def test_a_named_token_that_no_file_holds_gets_the_next_id(tmp_path):
+    """As in transformers; an embedding without a row for it is refused."""
+    files = {"tokenizer.model": "demo", "tokenizer_config.json": {
+        "bos_token": "<x>", "pad_token": "[PAD]", "eos_token": "</s>", "add_bos_token": True}}
+    tokenizer = tokenizer_of(tmp_path / "c", files, 2050)
+    assert tokenizer.bos == [2048] and tokenizer.encode("[PAD]") == [2049] and tokenizer.eos == {2}
+    with pytest.raises(InputError, match="2,050 ids, the embedding 2,048 rows"):
+        tokenizer_of(tmp_path / "d", files, 2048)
+
+
+def test_a_mistral_keeps_the_space_before_a_space(tmp_path):
+    """Its folders name the class LlamaTokenizer, too; transformers' for its model_type is another one."""
+    named = {"tokenizer.model": "demo", "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "legacy": True}}
+    bare = tokenizer_of(tmp_path / "bare", {"tokenizer.model": "demo"})
+    folder = tmp_path / "mistral"
+    tokenizer_of(folder, named)
+    config = json.loads((folder / "config.json").read_text())
+    assert Tokenizer(Checkpoint(folder)).encode("  hello") != bare.encode("  hello")
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    assert Tokenizer(Checkpoint(folder)).encode("  hello") == bare.encode("  hello")
+
+
+@pytest.mark.parametrize("name, content", [
+    ("tokenizer_config.json", {"eos_token": "\ud800"}), ("added_tokens.json", {"\ud800": 2048}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}),
+    ("tokenizer_config.json", '{"a":' + "[" * 200000)])
+def test_halves_and_depths_are_one_sentence(name, content, tmp_path):
+    folder = tmp_path / "c"
+    tokenizer_of(folder, {"tokenizer.model": "demo"}, 2050)
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(InputError, match=name):
+        Tokenizer(Checkpoint(folder))
 
 
 def test_a_model_that_is_none_is_refused(tiny):
