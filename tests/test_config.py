@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.checkpoint import Checkpoint
 from support.config import FAMILIES, NEUTRAL, parse_config
 from support.script import InputError
+from support.texts import with_defaults
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -47,6 +48,7 @@ REFUSED = {     # what: (configuration, words of the sentence)
     "an empty band": (TINY | {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor"),
     "no causal mask": (TINY | {"is_causal": False}, "is_causal"),
     "granite by its model_type": (TINY | {"model_type": "granite"}, "granite"),
+    "norms that llama has not": (TINY | {"use_qk_norm": True}, "use_qk_norm"),
     "granite's multipliers": (TINY | {"embedding_multiplier": 12.0}, "embedding_multiplier"),
     "layers of another kind": (QWEN2 | {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
     "layer_types of another length": (QWEN2 | {"layer_types": ["full_attention"]}, "layer_types"),
@@ -102,6 +104,18 @@ def test_values_inside_are_checked_too():
     for ranks in ([3], "3", {"model.layers.0.mlp.up_proj": "3"}, {"model.layers.0.mlp.up_proj": 0}):
         with pytest.raises(InputError, match="ranks|up_proj"):
             parse_config(TINY | {"air": {"ranks": ranks}})
+
+
+@pytest.mark.parametrize("named", ["x", [1], True, {"text": 5}, {"text": ["a"]}, {"samples": "64"}, {"seqlen": 1.5},
+                                   {"samples": True}, {"samples": 0}], ids=str)
+def test_what_a_checkpoint_names_as_defaults_is_checked(named, tmp_path):
+    with pytest.raises(InputError, match="config.json has "):
+        with_defaults(Checkpoint(write_checkpoint(tmp_path / "c", defaults=named)))
+
+
+def test_a_body_alone_is_read_where_its_embedding_is_its_head():
+    for name in ("LlamaModel", "AirLlamaModel"):
+        assert parse_config(TINY | {"architectures": [name]}) == parse_config(TINY)
 
 
 def test_null_is_absence():

@@ -367,6 +367,16 @@ def test_what_is_not_understood_is_refused_with_what_was_found(saved, words, tin
 # ---- names
 
 
+def test_python_objects_beside_the_weights_are_named(tiny):
+    import argparse
+    state = load_file(tiny / "model.safetensors")
+    (tiny / "model.safetensors").unlink()
+    torch.save({"args": argparse.Namespace(a=1), "model": state}, tiny / "pytorch_model.bin")
+    with pytest.raises(InputError, match="Python objects besides tensors, such as argparse.Namespace") as refusal:
+        Checkpoint(tiny)
+    assert "\x1b" not in str(refusal.value) and "copy it again" not in str(refusal.value)
+
+
 def test_a_result_is_named_by_its_repository(tiny, tmp_path, monkeypatch):
     hub = tmp_path / "models--org--name-7b" / "snapshots" / ("ab" * 20)
     (hub.parents[1] / "blobs").mkdir(parents=True)

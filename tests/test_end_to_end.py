@@ -196,6 +196,33 @@ def test_a_signal_of_the_forward_pass_keeps_the_weights_dtype(job, monkeypatch, 
     assert all(after < before for _, before, after in losses.values())
 
 
+@pytest.mark.parametrize("ridge", [(), ("--ridge", 0), ("--ridge", 0.5)])
+def test_losses_mean_the_same_for_every_method(ridge, job, tmp_path, air_py):
+    """L_act of SVD-LLM(W): what air starts from, and what svdllm ends with, the ridge included in both."""
+    _, arguments, _ = job
+    found = {}
+    for method in ("air", "svdllm"):
+        done = air_py(*arguments, *ridge, "--method", method, "--overwrite", "--json", tmp_path / "r.json")
+        assert done.returncode == 0, done.stderr
+        found[method] = json.loads((tmp_path / "r.json").read_text())
+    assert found["air"]["ridge"] == found["svdllm"]["ridge"]
+    for layer, (act, _, _) in found["air"]["loss"].items():
+        assert act == pytest.approx(found["svdllm"]["loss"][layer][0], rel=2e-3), layer
+
+
+def test_the_ridge_and_too_few_tokens_are_told(job, tmp_path, air_py):
+    ckpt, arguments, out = job
+    done = air_py(*arguments, "--quiet", "--text", "none")
+    assert "warning" not in done.stderr                                         # 144 tokens for 48 inputs
+    section = json.loads((out / "config.json").read_text())["air"]
+    assert section["ridge"] == {"32": pytest.approx(0.1 * 32 / 144), "48": pytest.approx(0.1 * 48 / 144)}
+    few = np.load(tmp_path / "w.npy")[:3]
+    np.save(tmp_path / "few.npy", few)
+    done = air_py("--ckpt", ckpt, "--calib", tmp_path / "few.npy", "--out", tmp_path / "o", "--quiet", "--text", "none",
+                  "--device", "cpu")
+    assert done.stderr.startswith("warning: 72 calibration tokens are 1.5 for each") and "--samples 4" in done.stderr
+
+
 def test_layers_leaves_the_other_blocks_dense(job, air_py):
     ckpt, arguments, out = job
     assert air_py(*arguments, "--layers", "1:2").returncode == 0
@@ -369,6 +396,9 @@ BAD_ARGUMENTS = {
     "rank 0": (["--rate", "0.01"], "rank 0"),
     "sweeps": (["--sweeps", "-1"], "--sweeps"),
     "delta": (["--delta", "-1"], "--delta"),
+    "ridge below 0": (["--ridge", "-0.5"], "--ridge"),
+    "no ridge at all": (["--ridge", "nan"], "--ridge"),
+    "an endless ridge": (["--ridge", "inf"], "--ridge"),
     "layers": (["--layers", "7:9"], "--layers"),
     "layers text": (["--layers", "x"], "--layers"),
     "samples of an array": (["--samples", "3"], "leave --samples out"),

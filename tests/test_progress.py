@@ -214,6 +214,8 @@ def test_a_block_of_zeros_has_no_nan(tiny, tmp_path, windows):
             state[name].zero_()
     save_file(state, tiny / "model.safetensors")
     np.save(tmp_path / "w.npy", windows.numpy())
+    done = script("calibrate", "--ckpt", tiny, "--calib", tmp_path / "w.npy", "--device", "cpu")
+    assert done.returncode == 0 and "nan" not in done.stdout.lower(), done.stdout
     for chosen in influence.BACKWARD:
         done = script("influence", "--ckpt", tiny, "--calib", tmp_path / "w.npy", "--signal", chosen, "--device", "cpu")
         assert done.returncode == 0 and "nan" not in done.stdout.lower() and "q_proj 0%" in done.stdout, done.stdout
