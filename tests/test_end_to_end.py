@@ -331,9 +331,9 @@ BAD_CHECKPOINTS = {
     "no config": (lambda c: (c / "config.json").unlink(), "no config.json"),
     "no weights": (lambda c: (c / "model.safetensors").unlink(), "no weights"),
     "config is not JSON": (lambda c: (c / "config.json").write_text("{"), "not readable as a JSON object"),
-    "config is a list": (lambda c: (c / "config.json").write_text("[]"), "not readable as a JSON object"),
+    "config is a list": (lambda c: (c / "config.json").write_text("[]"), "is not a JSON object"),
     "config lacks a key": (lambda c: edit(c, hidden_size=None), "no 'hidden_size'"),
-    "no heads": (lambda c: edit(c, num_attention_heads=0), "no 'num_attention_heads' above 0"),
+    "no heads": (lambda c: edit(c, num_attention_heads=0), "has num_attention_heads 0; expected a whole number"),
     "truncated": (lambda c: os.truncate(c / "model.safetensors", 5000), "cannot be read"),
     "corrupt": (lambda c: (c / "model.safetensors").write_bytes(b"\xff" * 5000), "cannot be read"),
     "empty": (lambda c: (c / "model.safetensors").write_bytes(b""), "cannot be read"),
@@ -353,10 +353,10 @@ BAD_CHECKPOINTS = {
     ),
     "rope scaling of zero": (
         lambda c: edit(c, rope_scaling={"rope_type": "linear", "factor": 0}),
-        "lacks factor above 0",
+        "has rope_scaling.factor 0; expected a number above 0",
     ),
-    "kv heads text": (lambda c: edit(c, num_key_value_heads="2"), "no 'num_key_value_heads' above 0 (found '2')"),
-    "half a layer": (lambda c: edit(c, num_hidden_layers=2.5), "no 'num_hidden_layers' above 0 (found 2.5)"),
+    "kv heads text": (lambda c: edit(c, num_key_value_heads="2"), "has num_key_value_heads '2'; expected a whole number"),
+    "half a layer": (lambda c: edit(c, num_hidden_layers=2.5), "has num_hidden_layers 2.5; expected a whole number"),
     "index without a map": (
         lambda c: ((c / "model.safetensors").unlink(), (c / "model.safetensors.index.json").write_text("{}")),
         "has no weight_map",
@@ -463,12 +463,17 @@ def test_the_least_rate_is_named(job, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["air", "svdllm"])
 def test_a_layer_whose_input_is_always_zero(method, job, air_py):
-    """A pruned half-block: v_proj is zero, so o_proj sees nothing. Any S does; the run says so and finishes."""
+    """A pruned half-block: v_proj is zero, so o_proj sees nothing. Any S does; the run finishes.
+
+    Without a ridge, which makes every matrix positive definite, it says so.
+    """
     ckpt, arguments, out = job
     retensor(ckpt, lambda s: s["model.layers.1.self_attn.v_proj.weight"].zero_())
-    done = air_py(*arguments, "--method", method)
-    assert done.returncode == 0 and "layers.1.self_attn.o_proj: ΣXXᵀ is not positive definite" in done.stderr
-    assert all(torch.isfinite(w).all() for w in load_file(out / "model.safetensors").values())
+    said = "layers.1.self_attn.o_proj: ΣXXᵀ is not positive definite"
+    for ridge, told in (((), False), (("--ridge", 0), True)):
+        done = air_py(*arguments, "--method", method, "--overwrite", *ridge)
+        assert done.returncode == 0 and (said in done.stderr) == told
+        assert all(torch.isfinite(w).all() for w in load_file(out / "model.safetensors").values())
 
 
 def test_plain_svd_reads_no_text(job, tmp_path, air_py):
