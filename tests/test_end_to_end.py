@@ -355,7 +355,7 @@ BAD_CHECKPOINTS = {
         lambda c: edit(c, rope_scaling={"rope_type": "linear", "factor": 0}),
         "has rope_scaling.factor 0; expected a number above 0",
     ),
-    "kv heads text": (lambda c: edit(c, num_key_value_heads="2"), "has num_key_value_heads '2'; expected a whole number"),
+    "kv heads text": (lambda c: edit(c, num_key_value_heads="2"), "has num_key_value_heads '2'; expected a whole"),
     "half a layer": (lambda c: edit(c, num_hidden_layers=2.5), "has num_hidden_layers 2.5; expected a whole number"),
     "index without a map": (
         lambda c: ((c / "model.safetensors").unlink(), (c / "model.safetensors.index.json").write_text("{}")),
