@@ -9,9 +9,9 @@ demo: .venv/ready
 test: .venv/ready
 	.venv/bin/python -m pytest
 
-# What a result is to other tools, with transformers beside it in an environment of its own.
+# What a result is to other tools: transformers in a folder of its own, beside the packages of .venv.
 test-transformers: .venv-transformers/ready
-	.venv-transformers/bin/python -m pytest tests/test_transformers.py
+	PYTHONPATH=.venv-transformers .venv/bin/python -m pytest tests/test_transformers.py
 
 # The rules of style; what ruff does not know is in tests/test_style.py.
 lint: .venv/ready
@@ -29,8 +29,7 @@ experiments: .venv/ready
 	$(PIP) -r requirements.txt
 	touch $@
 
-.venv-transformers/ready: requirements.txt Makefile
-	$(PYTHON) -m venv .venv-transformers
-	.venv-transformers/bin/python -m pip install --quiet --disable-pip-version-check \
-	    -r requirements.txt transformers==5.24.0 accelerate==1.15.0
+.venv-transformers/ready: .venv/ready Makefile
+	$(PIP) --target .venv-transformers --upgrade -c requirements.txt transformers==5.24.0 psutil
+	$(PIP) --target .venv-transformers --upgrade --no-deps accelerate==1.15.0
 	touch $@

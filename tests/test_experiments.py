@@ -194,7 +194,8 @@ def test_in_memory_equals_what_air_writes(lab, tmp_path, method, monkeypatch):
     stats = [] if method == "svd" else ["--stats", *here.work.glob(f"stats-{digest(here.calibration(3))[:16]}-*")]
     monkeypatch.setattr(sys, "argv", ["air.py", *map(str, (
         "--ckpt", tmp_path / "tiny", "--calib", tmp_path / "ids.npy", "--samples", 6, "--seqlen", 16, "--rate", 0.5,
-        "--method", method, "--text", "none", "--out", tmp_path / "out", "--quiet", "--device", "cpu", *stats))])
+        "--method", method, "--text", "none", "--out", tmp_path / "out", "--quiet", "--device", "cpu", "--ridge", 0,
+        *stats))])
     air.main()
     windows = here.evaluation("text")
     dense = last_states(here.ckpt, windows, CPU, FP32)
