@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -261,10 +262,10 @@ model = transformers.AutoModelForCausalLM.from_pretrained("result", trust_remote
 numpy.save("logits.npy", model(torch.from_numpy(numpy.load("ids.npy"))).logits.detach().numpy())
 assert not any(str(getattr(module, "__file__", "")).startswith(sys.argv[1]) for module in list(sys.modules.values()))
 """
-    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    beside = str(Path(transformers.__file__).parents[1])            # where make test-transformers has put it
     python = [sys.executable, "-c", code, str(ROOT) + "/support"]
     done = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True,
-                          env=clean | {"HF_HOME": str(tmp_path / "home")})
+                          env=os.environ | {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": beside})
     assert done.returncode == 0, done.stderr
     assert farthest(torch.from_numpy(np.load(tmp_path / "logits.npy")), logits(dense, windows)) < 1e-4
 
