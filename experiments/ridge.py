@@ -18,6 +18,7 @@ TOKENS = (0.5, 1, 4, 16, 64)            # calibration tokens for each of the wid
 RIDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, None)        # None: air.py's default
 METHODS = {"svdllm": "SVD-LLM(W)", "air": "AIR"}
 RATE = 0.6
+CALIBRATED = "windows of 256 tokens of stdlib, as many as a row says"
 
 
 def samples_at(lab, tokens):
