@@ -6,8 +6,12 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 demo: .venv/ready
 	.venv/bin/python air.py --overwrite
 
+# Two processes, a core each: the slow half starts interpreters all the time. Its report follows the other's.
+SLOW = tests/test_large.py tests/test_disk.py
 test: .venv/ready
-	.venv/bin/python -m pytest
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SLOW) > .pytest_slow 2>&1 & slow=$$!; \
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SLOW:%=--ignore=%); first=$$?; \
+	wait $$slow; second=$$?; cat .pytest_slow; exit $$((first + second))
 
 # What a result is to other tools: transformers in a folder of its own, beside the packages of .venv.
 test-transformers: .venv-transformers/ready
