@@ -77,8 +77,8 @@ def open_bin(path):
     Raises InputError where it holds none or several.
     """
     # The format before 2020 cannot be memory-mapped: it is no zip file.
-    saved = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path),
-                       weights_only=True)
+    zipped = zipfile.is_zipfile(path)
+    saved = torch.load(path, weights_only=True, map_location="cpu", mmap=zipped)
     found = weights_in(saved)
     usual = [where for where in found
              if where.split("/")[0] in ("model", "state_dict", "model_state_dict", "module")]
