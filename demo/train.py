@@ -3,15 +3,17 @@
     python demo/train.py --out /tmp/demo            # hours on a laptop's CPU, minutes on a GPU
 
 The text is the source of its standard library. The checkpoint kept is the one with the lowest
-perplexity on the held-out files; nothing else decides.
+perplexity on the held-out files; nothing else decides. A killed run goes on where it was.
 """
 import argparse
 import json
 import math
+import os
 import platform
+import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +26,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import PLAIN, Llama, attention
 from support.config import parse_config
+from support.script import InputError, run
 from support.texts import stdlib_rows
 
 CONFIG = {
@@ -48,11 +51,11 @@ CONFIG = {
     # What support.texts.with_defaults takes.
     "defaults": {"text": "stdlib", "samples": 64, "seqlen": 256},
 }
-TOKENS_A_STEP = 2048
-WARMUP = 200                        # steps
-WEIGHT_DECAY = 0.3
-DROPOUT = 0.1
+MICRO_BATCH = 2048                  # tokens whose activations are in memory at a time
+WARMUP = 100                        # steps
+LAST_RATE = 0.1                     # of the peak, where the cosine ends, as LLaMA's does
 LENGTHS = (256, 512)                # of windows; of 512 for the last tenth of the steps
+EVERY = 50                          # steps between saved states
 
 
 # ------------------------------------------------------------ operations
@@ -62,15 +65,18 @@ def fp32_attention(q, k, v):
         return attention(q.float(), k.float(), v.float())
 
 
-def dropout(x):
-    """One mask for all tokens of a window, x (B, …, T, D): a tenth as many random numbers,
-    which a CPU draws slowly."""
-    return x * F.dropout(torch.ones_like(x[..., :1, :]), DROPOUT)
-
-
-def regularised(device):
-    """A block's operations in training."""
+def regularised(device, share):
+    """A block's operations in training: `share` of attention's output and of the MLP's gate
+    is dropped."""
     mix = fp32_attention if device == "cpu" else attention
+
+    def dropout(x):
+        # One mask for all tokens of a window, x (B, …, T, D): a tenth as many random numbers,
+        # which a CPU draws slowly.
+        return x * F.dropout(torch.ones_like(x[..., :1, :]), share)
+
+    if not share:
+        return SimpleNamespace(**vars(PLAIN) | {"attention": mix})
     return SimpleNamespace(**vars(PLAIN) | {
         "attention": lambda q, k, v: dropout(mix(q, k, v)),
         "silu": lambda x: dropout(F.silu(x)),
@@ -127,51 +133,63 @@ def new_model(device):
     return model
 
 
-def optimizers_of(model, lr):
-    """Muon for the matrices inside the blocks, AdamW for embeddings, head and norms: the usual
-    division (Jordan et al., 2024)."""
+def optimizers_of(model, args):
+    """AdamW; with "muon" the matrices inside the blocks by Muon: the usual division (Jordan
+    et al., 2024)."""
     hidden = [w for w in model.model.layers.parameters() if w.dim() == 2]
     tables = [model.model.embed_tokens.weight, model.lm_head.weight]
     norms = [w for w in model.parameters() if w.dim() < 2]
-    groups = [{"params": tables, "weight_decay": WEIGHT_DECAY},
-              {"params": norms, "weight_decay": 0}]
-    return [torch.optim.Muon(hidden, lr=lr, weight_decay=WEIGHT_DECAY,
-                             adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)]
+    decay = {"weight_decay": args.weight_decay}
+    first = []
+    if args.optimizer == "muon":
+        first = [torch.optim.Muon(hidden, lr=args.lr, adjust_lr_fn="match_rms_adamw", **decay)]
+        hidden = []
+    groups = [{"params": hidden + tables, **decay}, {"params": norms, "weight_decay": 0}]
+    return [*first, torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)]
 
 
-def set_rate(optimizers, lr):
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+def rate_at(step, steps):
+    """Share of the peak learning rate: linear warm-up, then a cosine."""
+    if step < WARMUP:
+        return step / WARMUP
+    done = (step - WARMUP) / max(1, steps - WARMUP)
+    return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * done)) / 2
 
 
 def draw_batch(stream, T):
-    """TOKENS_A_STEP tokens as windows (…, T + 1): inputs, and each one's next token."""
-    at = torch.randint(len(stream) - T - 1, (TOKENS_A_STEP // T,))
+    """MICRO_BATCH tokens as windows (…, T + 1): inputs, and each one's next token."""
+    at = torch.randint(len(stream) - T - 1, (MICRO_BATCH // T,))
     return torch.stack([stream[i:i + T + 1] for i in at])
 
 
-def update(model, ops, optimizers, batch):
-    """One step; returns the loss, a tensor."""
-    with torch.autocast(batch.device.type, torch.bfloat16):
-        logits = model(batch[:, :-1], ops)
-    loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-    loss.backward()
+def products(device, dtype):
+    """Matrix products in `dtype`: autocast, where that is bf16."""
+    return torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def update(model, forward, optimizers, batches):
+    """One step, over micro-batches; returns their mean loss, a tensor."""
+    total = 0
+    for batch in batches:
+        logits = forward(batch[:, :-1])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        loss = loss / len(batches)
+        loss.backward()
+        total += loss.detach()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
+    return total
 
 
 @torch.no_grad()
-def perplexity(model, windows):
+def perplexity(model, windows, dtype):
     """Perplexity over windows (N, 256): 255 targets each."""
     model.eval()
     nll = 0.0
     for batch in windows.split(32):
-        with torch.autocast(batch.device.type, torch.bfloat16):
+        with products(batch.device.type, dtype):
             logits = model(batch)
         logits = logits[:, :-1].float().flatten(0, 1)
         nll += F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum").item()
@@ -181,13 +199,49 @@ def perplexity(model, windows):
 
 # ------------------------------------------------------------ the command
 def save(model, out):
+    """The checkpoint, as bf16."""
+    out.mkdir(parents=True, exist_ok=True)
     state = {name: w.detach().to(torch.bfloat16).cpu().contiguous()
              for name, w in model.state_dict().items()}
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
 
 
-def write_log(out, args, text, model, log):
+@dataclass
+class Training:
+    """What a killed run needs to go on; in OUT/train.pt."""
+
+    model: Llama
+    optimizers: list
+    step: int = 0
+    seconds: float = 0.0
+    log: list = field(default_factory=list)             # the evaluations
+
+    @property
+    def best(self):
+        return min((row["held_out_ppl"] for row in self.log), default=math.inf)
+
+    def save(self, path, args):
+        state = {"model": self.model.state_dict(), "step": self.step, "log": self.log,
+                 "optimizers": [each.state_dict() for each in self.optimizers],
+                 "seconds": self.seconds, "random": torch.get_rng_state(),
+                 "arguments": vars(args)}
+        torch.save(state, f"{path}.partial")
+        os.replace(f"{path}.partial", path)
+
+    def load(self, path, args):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["arguments"] != vars(args):
+            raise InputError(f"{path} is of a run with other arguments, "
+                             f"{state['arguments']}; expected the same, or another --out")
+        self.model.load_state_dict(state["model"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(kept)
+        torch.set_rng_state(state["random"])
+        self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
+
+
+def write_log(out, args, text, training):
     """train.json: with what and on what it was trained, and every evaluation."""
     facts = {
         "arguments": vars(args) | {"out": None},
@@ -195,13 +249,13 @@ def write_log(out, args, text, model, log):
         "torch": torch.__version__,
         "device": text.held_out.device.type,
         "threads": torch.get_num_threads(),
-        "parameters": sum(w.numel() for w in model.parameters()),
+        "parameters": sum(w.numel() for w in training.model.parameters()),
         "train_files": text.train_files,
         "train_tokens": len(text.stream),
         "held_out_files": text.test_files,
         "held_out_tokens": text.held_out.numel(),
-        "best_held_out_ppl": min(row["held_out_ppl"] for row in log),
-        "log": log,
+        "best_held_out_ppl": training.best,
+        "log": training.log,
     }
     (out / "train.json").write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -211,11 +265,19 @@ def parse_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", required=True,
                    help="folder for model.safetensors, config.json, tokenizer.model")
-    p.add_argument("--tokens", type=float, default=17e6,
-                   help="training tokens (default 17e6, five epochs)")
-    p.add_argument("--lr", type=float, default=3e-3)
+    p.add_argument("--tokens", type=float, default=32e6,
+                   help="training tokens (default 32e6, nine epochs)")
+    p.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    p.add_argument("--lr", type=float, default=2e-3, help="its peak (default 2e-3)")
+    p.add_argument("--weight-decay", type=float, default=0.1, help="(default 0.1)")
+    p.add_argument("--dropout", type=float, default=0.1, help="(default 0.1)")
+    p.add_argument("--batch", type=int, default=8192, help="tokens a step (default 8192)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--every", type=int, default=800, help="steps between evaluations")
+    p.add_argument("--every", type=int, default=200, help="steps between evaluations")
+    p.add_argument("--keep", default="", help="also keep the model at these tokens, such as "
+                   "2e6,4e6, each in a folder OUT/TOKENS")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products "
+                   "(default: bfloat16 on a GPU, else float32)")
     p.add_argument("--compile", action="store_true",
                    help="compile the model (needs a C++ compiler on a CPU)")
     return p.parse_args()
@@ -226,43 +288,61 @@ def main():
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
     torch.manual_seed(args.seed)
     text = read_text(out, device)
     print(f"{text.train_files} files, {len(text.stream):,} tokens to train on; "
           f"{text.test_files} files, {text.held_out.numel():,} held out", flush=True)
 
     model = new_model(device)
-    optimizers = optimizers_of(model, args.lr)
-    forward = torch.compile(model, dynamic=False) if args.compile else model
-    ops = regularised(device)
-    steps = int(args.tokens / TOKENS_A_STEP)
-    best = math.inf
-    log = []
-    start = time.time()
-    for step in range(1, steps + 1):
-        # Linear warm-up, then linear decay to zero.
-        decay = (steps - step) / (steps - WARMUP)
-        set_rate(optimizers, args.lr * min(step / WARMUP, decay))
+    training = Training(model, optimizers_of(model, args))
+    if (out / "train.pt").exists():
+        training.load(out / "train.pt", args)
+        print(f"going on after step {training.step}", flush=True)
+    compiled = torch.compile(model, dynamic=False) if args.compile else model
+    ops = regularised(device, args.dropout)
+
+    def forward(ids):
+        with products(device, dtype):
+            return compiled(ids, ops)
+
+    steps = int(args.tokens / args.batch)
+    keep = {int(float(at) / args.batch): f"{float(at) / 1e6:g}M"
+            for at in args.keep.split(",") if at}
+    start = time.time() - training.seconds
+    while training.step < steps:
+        training.step += 1
+        for optimizer in training.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * rate_at(training.step, steps)
         # One update.
-        T = LENGTHS[step > 0.9 * steps]
-        batch = draw_batch(text.stream, T).to(device)
-        loss = update(forward, ops, optimizers, batch)
-        if step % 50 == 0:
-            speed = step * TOKENS_A_STEP / (time.time() - start)
-            print(f"step {step}/{steps}  loss {loss:.3f}  {speed:,.0f} tokens/s", flush=True)
-        if step % args.every and step < steps:
-            continue
-        # An evaluation; the best checkpoint so far is kept.
-        ppl = perplexity(model, text.held_out)
-        log.append({"step": step, "tokens": step * TOKENS_A_STEP, "held_out_ppl": ppl,
-                    "seconds": time.time() - start})
-        kept = " (kept)" if ppl < best else ""
-        print(f"step {step}: held-out perplexity {ppl:.3f}{kept}", flush=True)
-        if ppl < best:
-            best = ppl
-            save(model, out)
-        write_log(out, args, text, model, log)
+        T = LENGTHS[training.step > 0.9 * steps]
+        batches = [draw_batch(text.stream, T).to(device)
+                   for _ in range(args.batch // MICRO_BATCH)]
+        loss = update(model, forward, training.optimizers, batches)
+        training.seconds = time.time() - start
+        if training.step % 10 == 0:
+            speed = training.step * args.batch / training.seconds
+            print(f"step {training.step}/{steps}  loss {loss:.3f}  {speed:,.0f} tokens/s",
+                  flush=True)
+        # An evaluation; the best checkpoint so far is kept, and those asked for.
+        if training.step % args.every == 0 or training.step in keep or training.step == steps:
+            best = training.best
+            ppl = perplexity(model, text.held_out, dtype)
+            training.seconds = time.time() - start
+            training.log.append({"step": training.step, "tokens": training.step * args.batch,
+                            "held_out_ppl": ppl, "seconds": training.seconds})
+            kept = " (kept)" if ppl < best else ""
+            print(f"step {training.step}: held-out perplexity {ppl:.3f}{kept}", flush=True)
+            if ppl < best:
+                save(model, out)
+            if training.step in keep:
+                save(model, out / keep[training.step])
+                shutil.copy(out / "tokenizer.model", out / keep[training.step])
+            write_log(out, args, text, training)
+        if training.step % EVERY == 0 or training.step == steps:
+            training.save(out / "train.pt", args)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
