@@ -24,9 +24,11 @@ import torch
 
 from calibrate import add_calibration_arguments, calibration_windows, embed, forward_sweep
 from eval_ppl import evaluation_windows
-from influence import SIGNALS, backward_sweep, check_signal, start_gradient
+from influence import (INFLUENCES, SIGNALS, backward_sweep, check_signal,
+                       start_gradient)
 from model import LAYERS, READS
 from support import fast, large, report
+from support import ranks as by_measurement
 from support.checkpoint import Checkpoint, Writer, part_of, result_bytes
 from support.progress import Progress, Stopwatch
 from support.script import (InputError, check_apart, check_writable, code_digest, parser,
@@ -37,6 +39,7 @@ from support.texts import digest, own_windows, with_defaults
 # keeps to the lines here.
 FAST_FROM = fast.FROM
 LARGEST_RIDGE = 100
+OUTPUT_RIDGE = 0.1              # share of its own diagonal that is added to B of `kfac`
 
 
 # ------------------------------------------------------------ the method
@@ -89,12 +92,12 @@ def profile(gram, ridge=0.0):
 
 
 def default_ridge(n, tokens):
-    """The ridge of `profile` where none is given: 0.1 n/tokens.
+    """The ridge of `profile` where none is given: 0.1 (n/tokens)^1.5.
 
     Not in the paper: a tenth at one token an input, nothing to speak of where there are
     many, as experiments/ridge.py measured.
     """
-    return 0.1 * n / tokens
+    return 0.1 * (n / tokens)**1.5
 
 
 def normalise(I, scale="mean"):
@@ -246,6 +249,53 @@ def asvd(W, mean_abs, k, alpha=0.5):
     return svd(W, k, mean_abs**alpha + 1e-6)
 
 
+# ------------------------------------------------------------ beyond the paper
+def kfac(W, S, L, k):
+    """Not in the paper: the optimum of tr(B D ΣXXᵀ Dᵀ) = ‖Lᵀ D S‖², the error in two
+    metrics.
+
+    L (m, m) lower triangular, B = L Lᵀ of the loss gradients at W's output: to second
+    order D = W − UV then costs the loss this much. Names in the literature: KFAC-SVD,
+    IO-SVD, OBD-LLM. With L = 1 it is SVD-LLM(W). Also returns σ (k,), fp32.
+    """
+    Wp = (L.T @ W.to(L.dtype) @ S.to(L.dtype)).to(W.dtype)
+    U, sigma, Vh = truncated_svd(Wp, k)
+    U, V = native_factors(U, sigma, Vh, S)
+    # L⁻ᵀ, as S⁻¹ on the other side.
+    U = torch.linalg.solve_triangular(L.T, U.to(L.dtype), upper=True).to(W.dtype)
+    return U, V, sigma
+
+
+def square_root(S):
+    """Of a factor S (n, n) fp64: (S Sᵀ)^½, its own transpose, and its inverse, fp64."""
+    energy, Q = torch.linalg.eigh(S @ S.T)
+    root = energy.clamp_min(energy[-1] * 1e-15).sqrt()
+    return (Q * root) @ Q.T, (Q / root) @ Q.T
+
+
+def kfac_air(W, factors, I, k, delta=2.0, orders=("backward",)):
+    """Not in the paper: AIR's sweep in the space of `kfac`; factors (S, L), I normalised.
+
+    Both factors are symmetric roots, so that W'_ij stays closest to W_ij, whose influence
+    weights it. With δ = 0 or no sweep it is `kfac`. Losses are in both metrics.
+    """
+    (R, R_inverse), (Q, Q_inverse) = map(square_root, factors)
+    Wp = (Q @ W.double() @ R).to(W.dtype)
+    U, V, losses = air(Wp, torch.eye(len(R), device=R.device), I, k, delta, orders)
+    return (Q_inverse @ U.double()).to(W.dtype), (V.double() @ R_inverse).to(W.dtype), losses
+
+
+def blended(M):
+    """GFWSVD: cholesky((1−α)M + α·mean(diag M)·1), fp64, for the least α of 0, 1e-9, …, 1."""
+    mean = M.diagonal().mean() or 1.0
+    for alpha in (0.0, *(10.0**e for e in range(-9, 1))):
+        S, info = torch.linalg.cholesky_ex(
+            (1 - alpha) * M + alpha * mean * torch.eye(len(M), dtype=M.dtype, device=M.device))
+        if not info and (S.diagonal().square() > len(M) * 2e-16 * mean).all():
+            return S
+    raise RuntimeError("a Kronecker factor of the Fisher information is not finite")
+
+
 # ------------------------------------------------------------ statistics, in order
 def statistics(ckpt, windows, device, dtype, blocks, signal=None):
     """Yield (l, stats) of every block in `blocks`: ΣXXᵀ, mean |x|, a backward signal's I.
@@ -316,6 +366,11 @@ class Layer:
         """ASVD's mean of |x| (n,)."""
         return self.inputs.mean_abs.to(self.W.dtype)
 
+    @property
+    def L(self):
+        """Cholesky factor (m, m) fp64 of B, the metric of W's outputs, with its ridge."""
+        return profile(self.collected["B.kfac"], OUTPUT_RIDGE)[0]
+
     def influence(self, signal):
         """I (m, n) by one of SIGNALS, of any positive scale."""
         I = self.collected.get(signal)
@@ -360,6 +415,12 @@ METHODS = {
     "fwsvd": Method(lambda x, o: fwsvd(x.W, x.influence("fisher"), x.k, o.axis),
                     "fisher"),
     "asvd": Method(lambda x, o: asvd(x.W, x.mean_abs, x.k), "inputs"),
+    "kfac": Method(lambda x, o: kfac(x.W, x.S, x.L, x.k)[:2], "kfac"),
+    "kfac-air": Method(lambda x, o: kfac_air(
+        x.W, (x.S, x.L), normalise(x.influence("kfac"), o.scale), x.k, o.delta,
+        (o.order,) * o.sweeps), "kfac"),
+    "gfwsvd": Method(lambda x, o: kfac(x.W, blended(x.collected["A.gfwsvd"]),
+                                       blended(x.collected["B.gfwsvd"]), x.k)[:2], "gfwsvd"),
 }
 
 
@@ -373,11 +434,12 @@ class Options:
     """How weights become factors. Each field is an argument, its default the paper's."""
 
     method: str = option("air", METHODS)
-    signal: str = option("lrp", SIGNALS, "what fills the influence matrix (default lrp, "
+    signal: str = option("lrp", INFLUENCES, "what fills the influence matrix (default lrp, "
                          "from the last token's top logit; lrp-all: from every token's)")
     scale: str = option("mean", ("mean", "max100"),
                         "of I: unit mean; max100: the released code's")
-    delta: float = option(2.0, help="influence weighting strength δ of Eq. 4 (default 2)")
+    delta: float = option(2.0, help="influence weighting strength δ of Eq. 4 (default 2; "
+                          "kfac-air did best at 0.5)")
     sweeps: int = option(1, help="ALS sweeps (default 1)")
     order: str = option("backward", ("backward", "forward"),
                         "ranks k-1 to 0 (default), or 0 to k-1")
@@ -385,6 +447,8 @@ class Options:
                        "fwsvd: Fisher information summed per input or output")
     ridge: float = option(None, help="share of ΣXXᵀ's own diagonal that is added to it; "
                           "0: the paper's (default: by the tokens an input)")
+    ranks: str = option("uniform", ("uniform", "auto"), "the same share of every layer "
+                        "(default), or measured: support/ranks.py, which sweeps once more")
 
     @property
     def backward(self):
@@ -397,7 +461,7 @@ class Options:
         """(signal, δ) of Eq. 4; (backward signal, None) of a method without it."""
         if METHODS[self.method].reads == "influence":
             return self.signal, self.delta
-        return self.backward, None
+        return self.backward, self.delta if self.method == "kfac-air" else None
 
 
 # ------------------------------------------------------------ a block
@@ -496,6 +560,7 @@ class Job:
     ranks: dict                 # {layer: k}
     calib: str                  # calibration text
     windows: torch.Tensor       # (N, T) token ids, empty for a method that reads none
+    held: torch.Tensor          # (8, T) further ones, that ranks are chosen by
     text: str                   # evaluation text, or "none"
     evaluation: tuple | None    # (windows, tokens in the text, tokens a byte)
     device: torch.device
@@ -589,9 +654,11 @@ def prepare(args):
     device, dtype, why = pick_device(args.device, args.dtype)
     check_signal(options.backward, dtype)
     calib, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
-    windows = torch.empty(0, seqlen, dtype=torch.long)
-    if METHODS[options.method].reads != "nothing":
+    windows = held = torch.empty(0, seqlen, dtype=torch.long)
+    if METHODS[options.method].reads != "nothing" or options.ranks == "auto":
         windows = calibration_windows(calib, ckpt, samples, seqlen, args.seed)
+    if options.ranks == "auto":
+        held = by_measurement.held_windows(calib, ckpt, windows, args.seed)
     text = args.text or calib
     held_out = evaluation(text, ckpt, windows.shape[1], args)
     out = args.out or f"out/{ckpt.name}-{options.method}-{args.rate:g}"
@@ -601,8 +668,8 @@ def prepare(args):
     if 0 < len(windows) < world:
         raise InputError(f"{len(windows)} windows cannot be divided among {world} "
                          "processes; expected one for each at least")
-    return Job(ckpt, options, args.rate, blocks, ranks, calib, windows, text, held_out,
-               device, dtype, why, out, args.stats, args.spill)
+    return Job(ckpt, options, args.rate, blocks, ranks, calib, windows, held, text,
+               held_out, device, dtype, why, out, args.stats, args.spill)
 
 
 def make_plan(job, need):
@@ -611,25 +678,59 @@ def make_plan(job, need):
     shape = job.windows.shape
     plan = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, signal)
     plan.seconds["solve"] *= max(1, job.options.sweeps)
+    if job.options.ranks == "auto":                         # one sweep and one solve more
+        plan.add(large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, "kfac"))
     spill = job.spill if signal else None                   # other methods keep no inputs
     plan.place((f"{job.out}.partial", need), spill, job.stats)
     plan.check()
     return plan
 
 
-def sweep_of(job, blocks):
+def sweep_of(job, blocks, signal):
     """(l, stats) of `blocks`, by `statistics` above or support/large.py's form of it.
 
     Raises InputError for kept statistics of another run.
     """
-    if METHODS[job.options.method].reads == "nothing":
-        return ((l, {}) for l in blocks)
-    arguments = job.ckpt, job.windows, job.device, job.dtype, blocks, job.options.backward
+    arguments = job.ckpt, job.windows, job.device, job.dtype, blocks, signal
     if not (job.stats or job.spill or large.processes()[1] > 1):
         return statistics(*arguments)
     kept = large.Kept(job.stats, job.spill)
-    kept.open(job.ckpt, job.windows, job.dtype, blocks, job.options.backward)
+    kept.open(job.ckpt, job.windows, job.dtype, blocks, signal)
     return kept.statistics(*arguments)
+
+
+def own_sweep(job, blocks):
+    """What the method reads of `blocks`."""
+    if METHODS[job.options.method].reads == "nothing":
+        return ((l, {}) for l in blocks)
+    return sweep_of(job, blocks, job.options.backward)
+
+
+def wholes_of(ckpt, sweep, blocks, device, ridge):
+    """{layer: support.ranks.Whole} of `kfac`, as many components as rate 1 pays for."""
+    wholes = {}
+    caps = pick_ranks(ckpt, blocks, 1.0)
+    for l, stats in sweep:
+        for layer in layers_of(ckpt, l, stats, caps, device, ridge):
+            L = layer.L
+            U, V, sigma = kfac(layer.W, layer.S, L, layer.k)
+            total = (L.T @ layer.W.to(L.dtype) @ layer.S).square().sum().item()
+            wholes[layer.name] = by_measurement.Whole(
+                U.to(ckpt.dtype).cpu(), V.to(ckpt.dtype).cpu(),
+                sigma.double().square().cpu(), total)
+        del stats                                  # before the next block's are collected
+    return wholes
+
+
+def measured_ranks(job, left):
+    """{layer: rank}: those of --ranks auto, the same in every process; else job's own."""
+    if job.options.ranks == "uniform" or not left:
+        return job.ranks
+    sweep = sweep_of(job, job.blocks, "kfac")
+    wholes = wholes_of(job.ckpt, sweep, job.blocks, job.device, job.options.ridge)
+    found = by_measurement.find_ranks(
+        job.ckpt, wholes, job.ranks, job.held, job.device, job.dtype)
+    return large.from_first(found)
 
 
 def solve_block(job, l, stats, progress):
@@ -670,15 +771,18 @@ def main():
     with writer:
         done = writer.done if first else {}
         left = large.from_first([l for l in job.blocks if part_of(l) not in done])
-        sweep = sweep_of(job, left)
         progress.say(report.header(job, args.seed))
         progress.say(plan.line())
         progress.warn(plan.warning())
         if len(left) < len(job.blocks):
             progress.say(f"going on: {len(job.blocks) - len(left)} of {len(job.blocks)} "
                          f"blocks are finished in {job.out}.partial")
-        progress.begin(len(left) * len(LAYERS), plan.pace)
         watch.lap("prepare")
+        job.ranks = measured_ranks(job, left)
+        if args.ranks == "auto":
+            watch.lap("ranks")
+        sweep = own_sweep(job, left)
+        progress.begin(len(left) * len(LAYERS), plan.pace)
         for l, stats in large.divide(sweep):
             watch.lap("statistics")
             part = None if l is None else solve_block(job, l, stats, progress)

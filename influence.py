@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from calibrate import (add_calibration_arguments, add_inputs, calibration_windows, embed,
-                       forward_sweep, recording)
+from calibrate import (add, add_calibration_arguments, add_inputs, calibration_windows,
+                       embed, forward_sweep, recording)
 from model import LAYERS, PLAIN, attention, rope, to_logits, wide
 from support.checkpoint import Checkpoint
 from support.progress import Progress, told
@@ -103,12 +103,28 @@ class Signal(NamedTuple):
     of every token's; "loss": the mean cross-entropy; None: nothing, no backward sweep
     is needed. ops: a block's operations on the way back. influence: of W and g =
     ∂target/∂W of one window, the absolute value per window; without a target, of W and
-    ΣXXᵀ.
+    ΣXXᵀ. metric: of one window's gradients at a layer's output (T, m) and of W (m, n)
+    {name: matrix}, summed over windows; None: nothing.
     """
 
     target: str | None
     ops: SimpleNamespace | None
     influence: Callable
+    metric: Callable | None = None
+
+
+def token_metric(g, G):
+    """Two-sided metric: B = Σ_t g_t g_tᵀ (m, m), as ΣXXᵀ is of the inputs."""
+    return {"B": g.T @ g}
+
+
+def window_metric(g, G):
+    """GFWSVD's: the Kronecker factors of Σ vec(G)vec(G)ᵀ, G (m, n) a window's gradient.
+
+    One power iteration from the identity: A = ΣGᵀG (n, n), B = ΣGGᵀ (m, m). Source's code
+    differs: more iterations (Lanczos), each of which has to see every window again.
+    """
+    return {"A": G.T @ G, "B": G @ G.T}
 
 
 SIGNALS = {
@@ -122,11 +138,18 @@ SIGNALS = {
     "fisher": Signal("loss", PLAIN, lambda W, g: g * g),
     # Not in the paper: the gradient alone.
     "grad": Signal("loss", PLAIN, lambda W, g: g.abs()),
+    # Not in the paper: I as W×Grad's, and what the two-sided methods read.
+    "kfac": Signal("loss", PLAIN, lambda W, g: (W * g).abs(), token_metric),
+    "gfwsvd": Signal("loss", PLAIN, lambda W, g: (W * g).abs(), window_metric),
+    # Not in the paper: the gradient with its sign, for support/ranks.py.
+    "slope": Signal("loss", PLAIN, lambda W, g: g),
     # Table 7's uninformative baselines.
     "ones": Signal(None, None, lambda W, gram: torch.ones_like(W)),
     "magnitude": Signal(None, None, lambda W, gram: W.abs()),
 }
 BACKWARD = tuple(name for name, signal in SIGNALS.items() if signal.target)
+# What `air` takes for I: not what only the two-sided methods and ranks read.
+INFLUENCES = tuple(name for name in SIGNALS if name not in ("kfac", "gfwsvd", "slope"))
 
 
 def check_signal(signal, dtype):
@@ -140,7 +163,7 @@ def check_signal(signal, dtype):
 # ------------------------------------------------------------ the sweep
 def output_gradient(x, ids, head, cfg, signal):
     """∂target/∂x (1, T, dim) of a window's last hidden states x; ids (1, T)."""
-    target, ops, _ = SIGNALS[signal]
+    target, ops, *_ = SIGNALS[signal]
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         if target == "loss":
@@ -167,17 +190,28 @@ def start_gradient(ckpt, windows, h, device, signal="lrp"):
     return h
 
 
-def through_block(block, x, g, angles, ops):
+def noting(ops, outputs):
+    """The operations `ops`, whose linear also notes a layer's output: outputs[layer] = z."""
+    def linear(layer, x):
+        outputs[layer] = ops.linear(layer, x)
+        return outputs[layer]
+    return SimpleNamespace(**vars(ops) | {"linear": linear})
+
+
+def through_block(block, x, g, angles, ops, outputs):
     """One window backward through a block: x (1, T, dim) its input, g at its output.
 
-    Returns the gradient at its input and {layer: gradient of W (m, n)}.
+    Returns the gradient at its input, {layer: gradient of W (m, n)} and, of those layers
+    whose output `ops` notes in `outputs`, {layer: gradient at its output (1, T, m)}.
     """
     x = x.requires_grad_()
-    weights = [block.get_submodule(name).weight.requires_grad_() for name in LAYERS]
+    layers = [block.get_submodule(name) for name in LAYERS]
+    weights = [layer.weight.requires_grad_() for layer in layers]
     with torch.enable_grad():
         out = block(x, angles, ops)
-    g_in, *grads = torch.autograd.grad(out, (x, *weights), g)
-    return g_in, dict(zip(LAYERS, grads))
+    noted = [outputs[layer] for layer in layers if layer in outputs]
+    g_in, *grads = torch.autograd.grad(out, (x, *weights, *noted), g)
+    return g_in, dict(zip(LAYERS, grads)), dict(zip(LAYERS, grads[len(LAYERS):]))
 
 
 def add_influence(stats, block, grads, signal):
@@ -187,6 +221,14 @@ def add_influence(stats, block, grads, signal):
         value = SIGNALS[signal].influence(W, wide(grad))     # |Ĩ| of this window   (m, n)
         key = f"{name}.{signal}"
         stats[key] = stats[key].add_(value) if key in stats else value
+
+
+def add_metric(stats, grads, at_outputs, signal):
+    """Add one window's part of what the two-sided methods read."""
+    for name, g in at_outputs.items():
+        parts = SIGNALS[signal].metric(wide(g[0]), wide(grads[name]))
+        for key, value in parts.items():
+            add(stats, f"{name}.{key}.{signal}", value)
 
 
 def block_backward(block, x, g, angles, signal, gram):
@@ -199,14 +241,20 @@ def block_backward(block, x, g, angles, signal, gram):
     stats = {}
     for d in told("windows", range(len(g))):
         seen = {}
+        outputs = {}
         ops = recording(rules, seen) if gram else rules
+        if SIGNALS[signal].metric:
+            ops = noting(ops, outputs)
         # The block's forward is computed again, since only its input was kept.
         window = x[d:d + 1].to(device)
         g_out = g[d:d + 1].to(device)
-        g[d:d + 1], grads = through_block(block, window, g_out, angles, ops)
-        add_influence(stats, block, grads, signal)
+        g_in, *found = through_block(block, window, g_out, angles, ops, outputs)
+        add_influence(stats, block, found[0], signal)
+        add_metric(stats, *found, signal)
+        # Last: the gradient at down_proj's output may be g_out itself.
+        g[d:d + 1] = g_in
         # A block's gradients are as large as its influence: they go before ΣXXᵀ is taken.
-        del grads
+        del found, outputs, ops
         if gram:
             with torch.no_grad():
                 add_inputs(stats, block, seen, g.shape[0] * g.shape[1])

@@ -143,7 +143,7 @@ def config_of(facts, tied):
         "bos_token_id": facts["tokenizer.ggml.bos_token_id"],
         "eos_token_id": facts["tokenizer.ggml.eos_token_id"],
         "torch_dtype": "float32",
-        # What support.texts.with_defaults takes: the paper's 32 tokens an input.
+        # What support.texts.with_defaults takes: 32 tokens for each of 1,536 inputs.
         "defaults": {"text": "wikitext2", "samples": 48, "seqlen": 1024},
     }
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from calibrate import embed, forward_sweep
-from influence import backward_sweep, start_gradient
+from influence import SIGNALS, backward_sweep, start_gradient
 from support import fast
 from support.checkpoint import TensorFolder
 from support.script import InputError, check_space, code_digest, free_bytes
@@ -402,6 +402,10 @@ def held_bytes(cfg, cut, tokens, itemsize, signal):
     weights, widths = block_sizes(cfg)
     squares = sum(n * n for n in widths)
     influence = 4 * weights if signal else 0                # fp32
+    if signal and SIGNALS[signal].metric:                   # B (m, m) of every layer, fp64
+        q = cfg.n_heads * cfg.head_dim
+        kv = cfg.n_kv_heads * cfg.head_dim
+        squares += q**2 + 2 * kv**2 + 2 * cfg.dim**2 + 2 * cfg.hidden**2
     # At its peak a block holds its statistics and either the sweep's weights (and
     # gradients) and one more ΣXXᵀ, or the solve's three n×n matrices, fp64.
     largest = 8 * max(widths)**2
@@ -441,6 +445,14 @@ class Plan:
             self.inputs = 2 * self.held["one input"]
         if statistics:
             self.disk["statistics"] = statistics, self.held["statistics"]
+
+    def add(self, other):
+        """A run that comes before: its time, and its memory where that is more."""
+        for stage, seconds in other.seconds.items():
+            self.seconds[stage] += seconds
+        self.held |= {what: max(size, other.held[what]) for what, size in self.held.items()}
+        self.inputs = max(self.inputs, other.inputs)
+        self.solving = max(self.solving, other.solving)
 
     def check(self):
         """Raise InputError for what does not fit."""

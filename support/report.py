@@ -54,6 +54,7 @@ def finish(job, writer, seed):
     section = asdict(job.options) | {
         "rate": job.rate,
         "ridge": {str(n): share for n, share in job.ridges.items()},
+        "allocation": job.options.ranks,
         "ranks": report["ranks"],
         "seed": seed,
         "dtype": str(job.dtype)[6:],

@@ -104,7 +104,7 @@ def test_the_ridge_follows_the_tokens(tiny, windows):
         for ridge in (None, 0.0, 0.25):
             for layer in A.layers_of(ckpt, l, stats, ranks, "cpu", ridge):
                 n = layer.W.shape[1]
-                expected = 0.1 * n / 144 if ridge is None else ridge
+                expected = 0.1 * (n / 144) ** 1.5 if ridge is None else ridge
                 gram = layer.inputs.gram
                 assert torch.allclose(layer.S @ layer.S.T, gram + expected * gram.diagonal().diag())
                 assert layer.inputs.repair == 0
@@ -307,3 +307,98 @@ def test_cuda_equals_cpu():
     W, _, S, I = problem(200, 120, 400)
     cpu, gpu = A.air(W, S, I, 30), A.air(W.cuda(), S.cuda(), I.cuda(), 30)
     assert distance((gpu[0] @ gpu[1]).cpu(), cpu[0] @ cpu[1]) < 1e-8
+
+
+# ---- the two-sided metric
+
+
+def metric(m=12, tokens=60, seed=5):
+    """B (m, m) of random gradients, and its Cholesky factor."""
+    g = torch.Generator().manual_seed(seed)
+    G = torch.randn(m, m, generator=g).double() @ torch.randn(m, tokens, generator=g).double()
+    return G @ G.T, torch.linalg.cholesky(G @ G.T)
+
+
+def two_sided_loss(D, A_, B):
+    return torch.trace(B @ D @ A_ @ D.T)
+
+
+def alternating(W, A_, B, k, seed, rounds=500):
+    """min tr(B D A Dᵀ), D = W − UV, from a random start by each factor's normal equations."""
+    V = torch.randn(k, W.shape[1], generator=torch.Generator().manual_seed(seed)).double()
+    for _ in range(rounds):
+        U = W @ A_ @ V.T @ torch.linalg.inv(V @ A_ @ V.T)
+        V = torch.linalg.inv(U.T @ B @ U) @ U.T @ B @ W
+    return U, V
+
+
+@pytest.mark.parametrize("k", [1, 4, 9])
+def test_kfac_is_the_optimum_of_the_error_in_both_metrics(k):
+    W, X, S, _ = problem()
+    A_, (B, L) = X @ X.T, metric()
+    U, V, sigma = A.kfac(W, S, L, k)
+    loss = two_sided_loss(W - U @ V, A_, B)
+    # Other roots of the same metrics have the same singular values; the dropped ones are the loss.
+    Q, R = (torch.linalg.eigh(M) for M in (B, A_))
+    values = torch.linalg.svdvals(Q[0].sqrt()[:, None] * (Q[1].T @ W @ R[1]) * R[0].sqrt())
+    assert torch.allclose(loss, values[k:].square().sum(), rtol=1e-8)
+    assert torch.allclose(sigma, values[:k], rtol=1e-8)
+    best = min(two_sided_loss(W - u @ v, A_, B) for u, v in (alternating(W, A_, B, k, seed) for seed in range(3)))
+    assert loss <= best * (1 + 1e-9) and torch.allclose(loss, best, rtol=1e-3)
+    # SVD-LLM(W) does worse there; without a metric of the outputs it is the same.
+    assert loss < two_sided_loss(W - torch.matmul(*A.svdllm(W, S, k)), A_, B) * (1 - 1e-3)
+    same = torch.matmul(*A.kfac(W, S, torch.eye(12).double(), k)[:2])
+    assert torch.allclose(same, torch.matmul(*A.svdllm(W, S, k)))
+
+
+def test_kfac_air_without_influence_is_kfac_and_with_it_its_loss_falls():
+    W, X, S, I = problem()
+    _, L = metric()
+    wanted = torch.matmul(*A.kfac(W, S, L, 4)[:2])
+    for delta, orders in ((0.0, ("backward",)), (2.0, ())):
+        U, V, losses = A.kfac_air(W, (S, L), I, 4, delta, orders)
+        assert torch.allclose(U @ V, wanted, atol=1e-8)
+    U, V, losses = A.kfac_air(W, (S, L), I, 4, 2.0)
+    assert losses.after < losses.before
+    # Its own objective, from what it returns: the residual between the symmetric roots, weighted by 1 + δI.
+    (Q, _), (R, _) = A.square_root(L), A.square_root(S)
+    found = ((1 + 2 * I) * (Q @ (W - U @ V) @ R).square()).sum().item()
+    assert found == pytest.approx(losses.after, rel=1e-6)
+
+
+def test_square_root_is_symmetric_and_its_inverse_one():
+    _, L = metric()
+    root, inverse = A.square_root(L)
+    assert torch.allclose(root, root.T) and torch.allclose(root @ root, L @ L.T)
+    assert torch.allclose(root @ inverse, torch.eye(12).double(), atol=1e-8)
+
+
+@pytest.mark.parametrize("rank", [12, 5])
+def test_blended_mixes_in_the_mean_diagonal_only_where_it_must(rank):
+    X = torch.randn(12, rank, generator=torch.Generator().manual_seed(1)).double()
+    M = X @ X.T
+    S = A.blended(M)
+    made = S @ S.T
+    if rank == 12:
+        assert torch.allclose(made, M)
+        return
+    share = (made - M)[0, 1] / -M[0, 1]                                     # α, from an element off the diagonal
+    assert 0 < share < 1e-6
+    wanted = (1 - share) * M + share * M.diagonal().mean() * torch.eye(12).double()
+    assert torch.allclose(made, wanted, atol=1e-9 * M.diagonal().mean())
+
+
+def test_the_two_sided_methods_run_on_a_models_own_statistics(tiny, windows):
+    """The error each minimises, from whole-model gradients' statistics, is below SVD-LLM(W)'s in every layer."""
+    ckpt = Checkpoint(str(tiny))
+    for signal, method in (("kfac", "kfac"), ("gfwsvd", "gfwsvd")):
+        ranks = A.pick_ranks(ckpt, range(2), 0.5)
+        for l, stats in A.statistics(ckpt, windows, torch.device("cpu"), torch.float32, range(2), signal):
+            for layer in A.layers_of(ckpt, l, stats, ranks, "cpu", 0.0):
+                own, base = (A.solve(layer, A.Options(method=each))[:2] for each in (method, "svdllm"))
+                B = layer.collected[f"B.{signal}"]
+                A_ = layer.collected["A.gfwsvd"] if signal == "gfwsvd" else layer.inputs.gram
+                if signal == "kfac":
+                    B = layer.L @ layer.L.T
+                losses = [two_sided_loss((layer.W - U @ V).double(), A_, B) for U, V in (own, base)]
+                assert losses[0] <= losses[1] * (1 + 1e-4), layer.name

@@ -211,3 +211,40 @@ def test_cuda_equals_cpu(tiny, windows):
     for l, stats in R.backward_sweep(ckpt, inputs, g, "cuda", "lrp", gram=True):
         for key, value in stats.items():
             assert distance(value.cpu(), expected[l, key]) < 1e-3
+
+
+# ---- what the two-sided methods read
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
+def test_metrics_are_sums_over_tokens_and_windows_of_whole_model_gradients(tmp_path, windows, architecture):
+    """B from hooks on the whole model, token by token; GFWSVD's from autograd's gradients of whole windows."""
+    changes = dict(architectures=[architecture], attention_bias=architecture != "LlamaForCausalLM")
+    ckpt = Checkpoint(str(write_checkpoint(tmp_path / "m", **changes)))
+    tokens, whole = sweep(ckpt, windows, "kfac"), sweep(ckpt, windows, "gfwsvd")
+    model = ckpt.model("cpu", torch.float64)
+    outputs, wanted = {}, {}
+    for l, block in enumerate(model.model.layers):
+        for name in LAYERS:
+            layer = block.get_submodule(name)
+            layer.weight.requires_grad_()
+            layer.register_forward_hook(lambda m, i, z, key=(l, name): outputs.update({key: z}))
+    for window in windows:
+        loss = F.cross_entropy(model(window[None])[0, :-1], window[1:])
+        keys = list(outputs)
+        leaves = [model.model.layers[l].get_submodule(name).weight for l, name in keys]
+        grads = torch.autograd.grad(loss, [*outputs.values(), *leaves])
+        for key, g, G in zip(keys, grads, grads[len(keys):]):
+            B = sum(torch.outer(row, row) for row in g[0])
+            for what, value in (("B.kfac", B), ("A.gfwsvd", G.T @ G), ("B.gfwsvd", G @ G.T)):
+                where = key[0], f"{key[1]}.{what}"
+                wanted[where] = wanted.get(where, 0) + value
+    found = {key: value for key, value in (tokens | whole).items() if ".B." in key[1] or ".A." in key[1]}
+    assert found.keys() == wanted.keys() and len(found) == 2 * 7 * 3
+    for key in wanted:
+        assert found[key].dtype == torch.float64
+        assert torch.allclose(found[key], wanted[key], rtol=1e-8), key
+    # I beside it is W×Grad's.
+    plain = sweep(ckpt, windows, "wxg")
+    for l, name in keys:
+        assert torch.equal(tokens[l, f"{name}.kfac"], plain[l, f"{name}.wxg"])

@@ -230,7 +230,7 @@ def test_the_plans_result_is_the_result(tmp_path, monkeypatch):
 # ---- kept statistics are the plain ones
 
 
-@pytest.mark.parametrize("signal", [None, "lrp", "fisher"])
+@pytest.mark.parametrize("signal", [None, "lrp", "fisher", "kfac"])
 @pytest.mark.parametrize("kept", ["nothing", "stats", "spill", "both", "again"])
 def test_kept_statistics_are_the_plain_ones_bit_by_bit(job, tmp_path, signal, kept):
     ckpt, blocks = Checkpoint(job[1]), range(1, 4)

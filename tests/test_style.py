@@ -25,6 +25,7 @@ ORDER = [
     "influence",
     "eval_ppl",
     "support.large",
+    "support.ranks",
     "support.report",
     "support.export",
     "generate",

@@ -1,0 +1,146 @@
+"""support/ranks.py: slopes against finite differences, a step against every other one, the search end to end."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import script, write_checkpoint
+
+import air as A
+from model import LAYERS
+from support import ranks as R
+from support.checkpoint import Checkpoint, in_memory
+
+CPU = torch.device("cpu")
+
+
+def wholes_of(ckpt, windows, blocks=range(2)):
+    sweep = A.statistics(ckpt, windows, CPU, torch.float32, blocks, "kfac")
+    return A.wholes_of(ckpt, sweep, blocks, CPU, None)
+
+
+def mean_loss(ckpt, windows):
+    model = ckpt.model("cpu", torch.float64)
+    with torch.no_grad():
+        return sum(F.cross_entropy(model(w[None])[0, :-1], w[1:]).item() for w in windows)
+
+
+def test_a_layers_components_are_its_weight_and_its_energies_its_predicted_loss(tiny, windows):
+    ckpt = Checkpoint(str(tiny))
+    wholes = wholes_of(ckpt, windows)
+    assert list(wholes) == [f"model.layers.{l}.{name}" for l in (1, 0) for name in LAYERS]
+    for l, stats in A.statistics(ckpt, windows, CPU, torch.float32, range(2), "kfac"):
+        for layer in A.layers_of(ckpt, l, stats, dict.fromkeys(wholes, 3), CPU):
+            whole = wholes[layer.name]
+            assert whole.cost == sum(layer.W.shape) and len(whole.energy) == A.rank_at(1.0, *layer.W.shape)
+            for k in (1, 3, len(whole.energy)):
+                D = (layer.W - R.product(whole.U, whole.V, k)).double()
+                wanted = (layer.L.T @ D @ layer.S).square().sum().item()
+                assert whole.dropped(k) == pytest.approx(wanted, rel=1e-4, abs=1e-6 * whole.total)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+def test_slopes_are_the_losss_derivative_towards_the_dense_weight(tmp_path, windows, architecture):
+    ckpt = Checkpoint(str(write_checkpoint(tmp_path / "m", architectures=[architecture])))
+    wholes = wholes_of(ckpt, windows)
+    small = R.cut(ckpt, wholes, A.pick_ranks(ckpt, range(2), 0.5))
+    found = R.slopes(ckpt, small, windows, CPU, torch.float64)
+    assert found.keys() == wholes.keys()
+    for layer in found:
+        W = small.tensor(layer + ".weight").double()
+        D = ckpt.tensor(layer + ".weight").double() - W
+        losses = []
+        for step in (-1e-4, 1e-4):
+            moved = R.cut(ckpt, {}, {})
+            moved.tensors = small.tensors | in_memory({layer + ".weight": W + step * D})
+            losses.append(mean_loss(moved, windows))
+        assert found[layer] == pytest.approx((losses[0] - losses[1]) / 2e-4, rel=1e-3, abs=1e-4), layer
+
+
+def small_problem(seed):
+    g = torch.Generator().manual_seed(seed)
+    wholes, ranks = {}, {}
+    for name, (m, n, k) in {"a": (8, 8, 10), "b": (12, 6, 10), "c": (6, 20, 12)}.items():
+        energy = torch.rand(20, generator=g).double().sort(descending=True).values
+        wholes[name] = R.Whole(torch.zeros(m, 20), torch.zeros(20, n), energy, energy.sum().item() + 0.5)
+        ranks[name] = k
+    return wholes, ranks, {"a": 1.0, "b": 3.0, "c": 0.2}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_step_is_the_best_one_within_its_reach_but_for_the_last_component(seed):
+    wholes, ranks, scales = small_problem(seed)
+    budget = sum(wholes[x].cost * k for x, k in ranks.items())
+    made = R.spend(wholes, scales, ranks, budget)
+
+    def saved(k):
+        return sum(scales[x] * wholes[x].energy[:k[x]].sum().item() for x in wholes)
+
+    def cost(k):
+        return sum(wholes[x].cost * k[x] for x in wholes)
+
+    reach = [range(9, 12), range(9, 12), range(10, 15)]
+    every = [dict(zip(wholes, ks)) for ks in itertools.product(*reach)]
+    assert made in every and cost(made) <= budget
+    # As good as any that costs no more than it does: what is left of the budget buys no whole component.
+    assert saved(made) == pytest.approx(max(saved(k) for k in every if cost(k) <= cost(made)))
+    assert budget - cost(made) < max(whole.cost for whole in wholes.values())
+
+
+def test_layers_whose_slope_is_lost_in_noise_keep_a_scale_above_zero():
+    wholes, ranks, _ = small_problem(0)
+    scales = R.scales_of(wholes, ranks, {"a": 2.0, "b": -1.0, "c": 0.0})
+    assert scales["a"] > 0 and scales["b"] == scales["c"] == pytest.approx(R.LEAST * scales["a"] / 3)
+    scales = R.scales_of(wholes, ranks, dict.fromkeys("abc", -1.0))
+    assert min(scales.values()) > 0
+
+
+def test_the_search_never_ends_above_uniform_ranks_and_spends_no_more(tiny, windows):
+    ckpt = Checkpoint(str(tiny))
+    wholes = wholes_of(ckpt, windows)
+    uniform = A.pick_ranks(ckpt, range(2), 0.5)
+    found = R.find_ranks(ckpt, wholes, uniform, windows, CPU, torch.float32)
+    assert found == R.find_ranks(ckpt, wholes, uniform, windows, CPU, torch.float32)
+    cost = [sum(wholes[x].cost * k[x] for x in wholes) for k in (found, uniform)]
+    assert cost[0] <= cost[1]
+    losses = [mean_loss(R.cut(ckpt, wholes, k), windows) for k in (found, uniform)]
+    assert losses[0] <= losses[1] + 1e-6
+    assert all(1 <= k <= len(wholes[x].energy) for x, k in found.items())
+
+
+def test_a_step_that_makes_it_worse_is_not_taken(tiny, windows, monkeypatch):
+    ckpt = Checkpoint(str(tiny))
+    uniform = A.pick_ranks(ckpt, range(2), 0.5)
+    wholes = wholes_of(ckpt, windows)
+    for after in (10.1, 10.0, float("nan")):
+        found = iter([10.0, after])
+        monkeypatch.setattr(R, "evaluate", lambda *arguments: {"ppl": next(found)})  # noqa: B023
+        assert R.find_ranks(ckpt, wholes, uniform, windows, CPU, torch.float32) == uniform
+
+
+@pytest.mark.parametrize("method", ["kfac", "kfac-air", "air", "svd"])
+def test_the_command_writes_measured_ranks(tmp_path, windows, method):
+    write_checkpoint(tmp_path / "m", architectures=["Qwen2ForCausalLM"], attention_bias=True)
+    np.save(tmp_path / "w.npy", windows.numpy())
+    done = script("air", "--ckpt", tmp_path / "m", "--calib", tmp_path / "w.npy", "--text", tmp_path / "w.npy",
+                  "--rate", 0.5, "--method", method, "--ranks", "auto", "--layers", "1:2", "--out", tmp_path / "out",
+                  "--stats", tmp_path / "stats")
+    assert done.returncode == 0, done.stderr
+    assert "ranks: uniform ones give" in done.stderr + done.stdout
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    section = next(value for value in config.values() if isinstance(value, dict) and "allocation" in value)
+    assert section["allocation"] == "auto" and len(section["ranks"]) == 7
+    ckpt = Checkpoint(str(tmp_path / "out"))
+    assert ckpt.cfg.ranks == section["ranks"]
+    assert all(layer.startswith("model.layers.1.") for layer in ckpt.cfg.ranks)
+    # The same again from kept statistics: the same file.
+    again = script("air", "--ckpt", tmp_path / "m", "--calib", tmp_path / "w.npy", "--text", "none", "--rate", 0.5,
+                   "--method", method, "--ranks", "auto", "--layers", "1:2", "--out", tmp_path / "again",
+                   "--stats", tmp_path / "stats")
+    assert again.returncode == 0, again.stderr
+    for name in ("config.json", "block_001.safetensors", "model-00002.safetensors"):
+        if (tmp_path / "out" / name).exists():
+            assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
