@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from air import METHODS, Options, compress_block, pick_ranks
+from air import METHODS, Options, compress_block, pick_ranks, wholes_of
 from calibrate import calibration_windows
 from eval_ppl import evaluate, evaluation_windows, last_states, warn_nonfinite
 from experiments.report import (RESULTS, block, claims, mean_spread, number, pyplot,
@@ -30,6 +30,7 @@ from support.checkpoint import Checkpoint, in_memory
 from support.config import own_defaults
 from support.large import SWEEPS, Kept
 from support.progress import Progress
+from support.ranks import find_ranks, held_windows
 from support.script import (ROOT, InputError, code_digest, finite, parser, pick_device,
                             write_json, write_whole)
 from support.texts import digest, with_defaults
@@ -131,14 +132,13 @@ def source_of(options):
     return os.path.relpath(os.path.realpath(path), ROOT)
 
 
-def compress(ckpt, sweep, rate, options, device):
-    """Every layer decomposed, in memory; `sweep` yields (block, statistics).
+def compress(ckpt, sweep, ranks, options, device):
+    """Every layer in `ranks` {layer: k} decomposed, in memory; `sweep` yields (block,
+    statistics).
 
     Returns (a Checkpoint whose tensors are those air.py would write, so rounded to the
     checkpoint's dtype; the Losses of each layer, of methods that have L_act,infl).
-    Raises InputError for a rate that leaves a layer rank 0.
     """
-    ranks = pick_ranks(ckpt, range(ckpt.cfg.n_layers), rate)
     losses = []
     made = {}                                           # {name: tensor} of the factors
     for l, stats in sweep:
@@ -357,7 +357,10 @@ class Lab:
         # "variant" tells rows apart, not what is computed.
         facts = {"how": asdict(options) | {"rate": setting["rate"]},
                  "calibration": None if seed is None else digest(windows)}
-        return Job(setting, seed, windows, self.key(facts, source_of(options)))
+        files = [source_of(options)]
+        if options.ranks == "auto":
+            files.append("support/ranks.py")
+        return Job(setting, seed, windows, self.key(facts, *files))
 
     def jobs(self, settings):
         """Every setting at every seed, or at None where the method sees no text."""
@@ -373,12 +376,29 @@ class Lab:
         found = self.cells.get(key, {}).get(what, {})
         return [which for which in texts if digest(self.evaluation(which)) not in found]
 
+    def ranks(self, job, options):
+        """{layer: rank} of a job; measured ones once for all methods and δ."""
+        blocks = range(self.ckpt.cfg.n_layers)
+        uniform = pick_ranks(self.ckpt, blocks, job.setting["rate"])
+        if options.ranks == "uniform":
+            return uniform
+
+        def search():
+            sweep = self.statistics(job.windows, "kfac")
+            wholes = wholes_of(self.ckpt, sweep, blocks, self.device, options.ridge)
+            text = self.resolve(job.setting.get("calib", self.calib), "train")
+            held = held_windows(text, self.ckpt, job.windows, job.seed)
+            return find_ranks(self.ckpt, wholes, uniform, held, self.device, self.dtype)
+        found = {"ranks": digest(job.windows), "rate": job.setting["rate"],
+                 "ridge": options.ridge, "seed": job.seed}
+        return self.cell(found, search, "support/ranks.py")
+
     def compute(self, job, texts, js, sweep):
         """A job's cell, with figures of `texts` added to those it had."""
         options = options_of(job.setting)
+        ranks = self.ranks(job, options)
         stats = sweep(options, job.windows)
-        rate = job.setting["rate"]
-        small, losses = compress(self.ckpt, stats, rate, options, self.device)
+        small, losses = compress(self.ckpt, stats, ranks, options, self.device)
         falls = [each.after / each.before for each in losses]
         descent = mean_spread(falls)[0] if falls else None
         cell = self.cells.get(job.key) or {"ppl": {}, "js": {}, "descent": descent}

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, distance, script, write_checkpoint
 
 import air
-from air import Options, als_sweep, normalise, profile
+from air import Options, als_sweep, normalise, pick_ranks, profile
 from eval_ppl import evaluate, last_states
 from experiments import common, report
 from experiments.common import Lab, Setup, compress
@@ -207,7 +207,9 @@ def test_in_memory_equals_what_air_writes(lab, tmp_path, method, monkeypatch):
 
 def test_biases_and_tied_embeddings_survive_in_memory(tmp_path, windows):
     ckpt = Checkpoint(write_checkpoint(tmp_path / "q", architectures=["Qwen2ForCausalLM"], tie_word_embeddings=True))
-    small, _ = compress(ckpt, ((l, {}) for l in range(ckpt.cfg.n_layers)), 0.5, Options(method="svd"), CPU)
+    blocks = range(ckpt.cfg.n_layers)
+    ranks = pick_ranks(ckpt, blocks, 0.5)
+    small, _ = compress(ckpt, ((l, {}) for l in blocks), ranks, Options(method="svd"), CPU)
     logits = small.model(CPU, FP32)(windows)[:, :-1]
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
     assert evaluate(small, windows, CPU, FP32)["ppl"] == pytest.approx(nll.exp().item(), rel=1e-5)
@@ -223,7 +225,8 @@ def test_a_finished_cell_is_not_computed_again_but_a_changed_checkpoint_is(lab, 
     with open(lab().path, "a") as f:
         f.write('["half a li')                                              # killed while it wrote
     assert len(first[0]["ppl"]["text"]) == 2 and len(first[1]["ppl"]["text"]) == 1
-    assert find(lab().measure([*settings, {"method": "air", "rate": 0.6}]), rate=0.6) and calls == [0.6, 0.6]
+    assert find(lab().measure([*settings, {"method": "air", "rate": 0.6}]), rate=0.6)
+    assert calls == 2 * [pick_ranks(lab().ckpt, range(2), 0.6)]
     # The divergence was not measured yet.
     again = lab().measure([*settings, {"method": "air", "rate": 0.6}], js=True)
     assert len(calls) == 2 + 5 and [row["ppl"] for row in again[:2]] == [row["ppl"] for row in first]
@@ -411,3 +414,18 @@ def test_a_script_runs_alone_and_says_what_is_wrong(tmp_path):
     done = script("experiments/a6", "--ckpt", ROOT / "demo", "--seeds", "three", "--work", tmp_path,
                   "--results", tmp_path)
     assert done.returncode == 2 and "--seeds is three" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_measured_ranks_are_searched_once_for_all_methods_and_are_the_commands(lab, tmp_path, monkeypatch):
+    calls = []
+    search = common.find_ranks
+    monkeypatch.setattr(common, "find_ranks", lambda *args: calls.append(1) or search(*args))
+    settings = [{"method": method, "rate": 0.5, "ranks": "auto", "ridge": None} for method in ("kfac", "air")]
+    here = lab()
+    rows = here.measure(settings)
+    assert len(calls) == len(here.seeds)
+    assert lab().measure(settings) == rows and len(calls) == len(here.seeds)
+    job = here.job(settings[0], here.seeds[0])
+    found = here.ranks(job, common.options_of(settings[0]))
+    uniform = pick_ranks(here.ckpt, range(2), 0.5)
+    assert found.keys() == uniform.keys() and len(calls) == len(here.seeds)
