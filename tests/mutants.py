@@ -78,6 +78,22 @@ MUTANTS = [     # what, file, correct text, mistake, the tests that look
     ("files for their owner only", "support/script.py", "os.chmod(path, 0o666 & ~umask)", "pass", "test_disk"),
     ("two runs into one folder", "support/script.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
      "test_disk"),
+    ("L not transposed", "air.py", "Wp = (L.T @ W.to(L.dtype)", "Wp = (L @ W.to(L.dtype)", "test_air"),
+    ("L⁻ᵀ forgotten", "air.py", "U = torch.linalg.solve_triangular(L.T, U.to(L.dtype), upper=True).to(W.dtype)", "pass",
+     "test_air"),
+    ("the gradient overwritten before B", "influence.py", "        add_influence(stats, block, found[0], signal)\n",
+     "        g[d:d + 1] = g_in\n        add_influence(stats, block, found[0], signal)\n", "test_influence"),
+    ("GFWSVD's factors exchanged", "influence.py", '{"A": G.T @ G, "B": G @ G.T}', '{"A": G @ G.T, "B": G.T @ G}',
+     "test_influence"),
+    ("a slope's sign", "support/ranks.py", '(".weight")] = -slope', '(".weight")] = slope', "test_ranks"),
+    ("the dense weight changed in place", "support/ranks.py",
+     "D = W - small.tensor(weight, device, torch.float32)", "D = W.sub_(small.tensor(weight, device, torch.float32))",
+     "test_ranks"),
+    ("energy not by its cost", "support/ranks.py", "scales[layer] / whole.cost", "scales[layer]", "test_ranks"),
+    ("a worse step taken", "support/ranks.py", "        if not new < ppl:\n            break\n", "", "test_ranks"),
+    ("rotated pairs left side by side", "experiments/smollm2.py", "            w = halves_together(w, heads[layer])\n",
+     "            pass\n", "test_smollm2"),
+    ("a ridge too slow to fall", "air.py", "0.1 * (n / tokens)**1.5", "0.1 * (n / tokens)", "test_air"),
 ]
 
 
