@@ -4,8 +4,8 @@ Not in the paper. To second order around the dense model, dropping component r o
 costs σ_r² of LᵀWS (air.kfac). A compressed model is far from the dense one, and there the
 layers' predictions are wrong by up to a factor of ten against each other. So each layer's
 are scaled by what its dropped part costs where the model is: the slope of the loss there,
-on a few calibration windows. Ranks move by steps that the predictions can be trusted for,
-as long as the loss on these windows falls.
+on a few calibration windows. Ranks move by steps that the predictions can be trusted for
+(a trust region, in terms of optimization) while the loss on these windows falls.
 """
 import copy
 import math
@@ -22,9 +22,10 @@ from support.progress import Progress
 from support.texts import own_windows
 
 WINDOWS = 8                     # calibration windows the loss is measured on
-STEPS = 12                      # at most
-STEP = 0.1                      # share of a layer's rank that a step takes from it at most
-ENOUGH = 0.01                   # perplexity falls by a smaller share: the steps end
+STEPS = 16                      # at most
+FIRST = 0.2                     # share of a layer's rank that a step may change
+LAST = 0.05                     # steps that are shorter are not tried
+ENOUGH = 0.01                   # where perplexity falls by less, steps become shorter
 LEAST = 0.02                    # of the mean: a layer whose slope is lower counts so
 
 
@@ -95,20 +96,22 @@ def slopes(ckpt, small, windows, device, dtype):
 
 
 # ------------------------------------------------------------ a step
-def spend(wholes, scales, ranks, budget):
-    """Ranks within a step of `ranks` that save the most predicted loss for `budget`.
+def spend(wholes, scales, ranks, step):
+    """Ranks as dear as `ranks`, each within the share `step` of it, that save the most
+    predicted loss.
 
     From the fewest that a step allows, each parameter goes to the component that saves
     most for it; energies fall, so a layer's come in their order.
     """
+    budget = sum(wholes[layer].cost * k for layer, k in ranks.items())
     least = {}
     values = []
     costs = []
     owners = []
     for i, (layer, whole) in enumerate(wholes.items()):
         k = ranks[layer]
-        least[layer] = max(1, min(k - 1, math.floor((1 - STEP) * k)))
-        most = min(len(whole.energy), max(k + 1, math.ceil((1 + STEP) * k)))
+        least[layer] = max(1, min(k - 1, math.floor((1 - step) * k)))
+        most = min(len(whole.energy), max(k + 1, math.ceil((1 + step) * k)))
         offered = whole.energy[least[layer]:most]
         values.append(offered * scales[layer] / whole.cost)
         costs.append(torch.full_like(offered, whole.cost))
@@ -131,26 +134,30 @@ def scales_of(wholes, ranks, found):
 def find_ranks(ckpt, wholes, ranks, windows, device, dtype):
     """Ranks that cost as many parameters as `ranks`, from where the search starts.
 
-    wholes {layer: Whole}; windows (N, T). Prints a line a step.
+    wholes {layer: Whole}; windows (N, T). Steps are halved where the loss falls by little
+    or not at all. Prints a line a step.
     """
     say = Progress.running.say if Progress.running else print
-    budget = sum(wholes[layer].cost * k for layer, k in ranks.items())
     small = cut(ckpt, wholes, ranks)
     ppl = evaluate(small, windows, device, dtype)["ppl"]
     say(f"ranks: uniform ones give perplexity {ppl:.3f} on {len(windows)} calibration "
         "windows")
-    for step in range(STEPS):
-        found = slopes(ckpt, small, windows, device, dtype)
-        moved = spend(wholes, scales_of(wholes, ranks, found), ranks, budget)
-        small = cut(ckpt, wholes, moved)
-        new = evaluate(small, windows, device, dtype)["ppl"]
-        say(f"ranks: step {step + 1} gives {new:.3f}")
-        # `not`: a perplexity that is not a number ends it, too.
-        if not new < ppl:
-            break
-        better = 1 - new / ppl
-        ranks = moved
-        ppl = new
-        if better < ENOUGH:
+    found = None                                            # slopes at `ranks`
+    step = FIRST
+    for _ in range(STEPS):
+        found = found or slopes(ckpt, small, windows, device, dtype)
+        moved = spend(wholes, scales_of(wholes, ranks, found), ranks, step)
+        tried = cut(ckpt, wholes, moved)
+        new = evaluate(tried, windows, device, dtype)["ppl"]
+        say(f"ranks: a step of {step:.0%} gives {new:.3f}")
+        if not new < (1 - ENOUGH) * ppl:
+            step /= 2
+        # A perplexity that is not a number is not below either.
+        if new < ppl:
+            ranks = moved
+            small = tried
+            ppl = new
+            found = None
+        if step < LAST:
             break
     return ranks

@@ -90,7 +90,7 @@ MUTANTS = [     # what, file, correct text, mistake, the tests that look
      "D = W - small.tensor(weight, device, torch.float32)", "D = W.sub_(small.tensor(weight, device, torch.float32))",
      "test_ranks"),
     ("energy not by its cost", "support/ranks.py", "scales[layer] / whole.cost", "scales[layer]", "test_ranks"),
-    ("a worse step taken", "support/ranks.py", "        if not new < ppl:\n            break\n", "", "test_ranks"),
+    ("a worse step taken", "support/ranks.py", "        if new < ppl:\n", "        if True:\n", "test_ranks"),
     ("rotated pairs left side by side", "experiments/smollm2.py", "            w = halves_together(w, heads[layer])\n",
      "            pass\n", "test_smollm2"),
     ("a ridge too slow to fall", "air.py", "0.1 * (n / tokens)**1.5", "0.1 * (n / tokens)", "test_air"),
