@@ -321,7 +321,7 @@ class Kept:
 # Calibration tokens for each input of the widest layer, and what fewer cost
 # (experiments/ridge.py).
 ENOUGH = 2
-COST = ("with 1, perplexity was 35 to 71 % above that with 16 on three models "
+COST = ("with 1, perplexity was 36 to 65 % above that with 16 on three models "
         "(experiments/ridge.py)")
 
 
