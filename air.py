@@ -678,8 +678,10 @@ def make_plan(job, need):
     shape = job.windows.shape
     plan = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, signal)
     plan.seconds["solve"] *= max(1, job.options.sweeps)
-    if job.options.ranks == "auto":                         # one sweep and one solve more
+    if job.options.ranks == "auto":
+        # One sweep and one solve more, and the factors at rate 1, which are held.
         plan.add(large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, "kfac"))
+        plan.solving += sum(m * n for m, n, _ in job.cut.values()) * job.ckpt.dtype.itemsize
     spill = job.spill if signal else None                   # other methods keep no inputs
     plan.place((f"{job.out}.partial", need), spill, job.stats)
     plan.check()

@@ -131,13 +131,18 @@ def scales_of(wholes, ranks, found):
     return {layer: max(ratio, least, 1e-30) for layer, ratio in ratios.items()}
 
 
+def say(line):
+    """Tell the run that listens; nothing when it is quiet."""
+    if Progress.running:
+        Progress.running.say(line)
+
+
 def find_ranks(ckpt, wholes, ranks, windows, device, dtype):
     """Ranks that cost as many parameters as `ranks`, from where the search starts.
 
     wholes {layer: Whole}; windows (N, T). Steps are halved where the loss falls by little
     or not at all. Prints a line a step.
     """
-    say = Progress.running.say if Progress.running else print
     small = cut(ckpt, wholes, ranks)
     ppl = evaluate(small, windows, device, dtype)["ppl"]
     say(f"ranks: uniform ones give perplexity {ppl:.3f} on {len(windows)} calibration "

@@ -27,8 +27,9 @@ def header(job, seed):
     dtype = f"{str(job.dtype)[6:]} ({job.why})"
     shares = [f"{share:.2g}" for share in job.ridges.values()]
     ridge = f", ridge {' to '.join(dict.fromkeys(shares))}" if shares else ""
+    measured = ", measured ranks" if job.options.ranks == "auto" else ""
     return (f"{versions}, {where}, {dtype}, seed {seed}{together}\n"
-            f"{job.options.method} at rate {job.rate:g}: {blocks}; {tokens} "
+            f"{job.options.method} at rate {job.rate:g}{measured}: {blocks}; {tokens} "
             f"for inputs up to {widest:,} wide{ridge}")
 
 
@@ -109,6 +110,7 @@ def summary(job, results, watch):
     return {
         "method": job.options.method,
         "rate": job.rate,
+        "allocation": job.options.ranks,
         "signal": signal,
         "delta": delta,
         "ridge": job.ridges,

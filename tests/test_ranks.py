@@ -144,3 +144,13 @@ def test_the_command_writes_measured_ranks(tmp_path, windows, method):
     for name in ("config.json", "block_001.safetensors", "model-00002.safetensors"):
         if (tmp_path / "out" / name).exists():
             assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_a_quiet_run_prints_its_results_only(tmp_path, windows):
+    write_checkpoint(tmp_path / "m")
+    np.save(tmp_path / "w.npy", windows.numpy())
+    done = script("air", "--ckpt", tmp_path / "m", "--calib", tmp_path / "w.npy", "--rate", 0.5, "--method", "kfac",
+                  "--ranks", "auto", "--out", tmp_path / "out", "--quiet", "--json", tmp_path / "r.json",
+                  "--text", tmp_path / "w.npy")
+    assert done.returncode == 0 and "ranks" not in done.stdout + done.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["allocation"] == "auto"
