@@ -24,8 +24,7 @@ import torch
 
 from calibrate import add_calibration_arguments, calibration_windows, embed, forward_sweep
 from eval_ppl import evaluation_windows
-from influence import (INFLUENCES, SIGNALS, backward_sweep, check_signal,
-                       start_gradient)
+from influence import SIGNALS, backward_sweep, check_signal, start_gradient
 from model import LAYERS, READS
 from support import fast, large, report
 from support import ranks as by_measurement
@@ -289,8 +288,10 @@ def blended(M):
     """GFWSVD: cholesky((1−α)M + α·mean(diag M)·1), fp64, for the least α of 0, 1e-9, …, 1."""
     mean = M.diagonal().mean() or 1.0
     for alpha in (0.0, *(10.0**e for e in range(-9, 1))):
-        S, info = torch.linalg.cholesky_ex(
-            (1 - alpha) * M + alpha * mean * torch.eye(len(M), dtype=M.dtype, device=M.device))
+        # (1−α)M + α·mean·1, then its factor.
+        mixed = (1 - alpha) * M
+        mixed.diagonal().add_(alpha * mean)
+        S, info = torch.linalg.cholesky_ex(mixed)
         if not info and (S.diagonal().square() > len(M) * 2e-16 * mean).all():
             return S
     raise RuntimeError("a Kronecker factor of the Fisher information is not finite")
@@ -416,11 +417,16 @@ METHODS = {
                     "fisher"),
     "asvd": Method(lambda x, o: asvd(x.W, x.mean_abs, x.k), "inputs"),
     "kfac": Method(lambda x, o: kfac(x.W, x.S, x.L, x.k)[:2], "kfac"),
-    "kfac-air": Method(lambda x, o: kfac_air(
-        x.W, (x.S, x.L), normalise(x.influence("kfac"), o.scale), x.k, o.delta,
-        (o.order,) * o.sweeps), "kfac"),
-    "gfwsvd": Method(lambda x, o: kfac(x.W, blended(x.collected["A.gfwsvd"]),
-                                       blended(x.collected["B.gfwsvd"]), x.k)[:2], "gfwsvd"),
+    "kfac-air": Method(
+        lambda x, o: kfac_air(x.W, (x.S, x.L), normalise(x.influence("kfac"), o.scale),
+                              x.k, o.delta, (o.order,) * o.sweeps),
+        "kfac"),
+    "gfwsvd": Method(
+        lambda x, o: kfac(x.W,
+                          blended(x.collected["A.gfwsvd"]),
+                          blended(x.collected["B.gfwsvd"]),
+                          x.k)[:2],
+        "gfwsvd"),
 }
 
 
@@ -434,7 +440,7 @@ class Options:
     """How weights become factors. Each field is an argument, its default the paper's."""
 
     method: str = option("air", METHODS)
-    signal: str = option("lrp", INFLUENCES, "what fills the influence matrix (default lrp, "
+    signal: str = option("lrp", SIGNALS, "what fills the influence matrix (default lrp, "
                          "from the last token's top logit; lrp-all: from every token's)")
     scale: str = option("mean", ("mean", "max100"),
                         "of I: unit mean; max100: the released code's")
@@ -586,6 +592,10 @@ class Job:
         return {n: default_ridge(n, tokens) if asked is None else asked
                 for n in sorted({n for _, n, _ in self.cut.values()})}
 
+    def measures(self, left):
+        """Are ranks still to be measured, with the blocks `left` to be decomposed?"""
+        return self.options.ranks == "auto" and bool(left)
+
     def facts(self):
         """What a result depends on: a run that goes on must have the same."""
         return {
@@ -724,15 +734,20 @@ def wholes_of(ckpt, sweep, blocks, device, ridge):
     return wholes
 
 
-def measured_ranks(job, left):
-    """{layer: rank}: those of --ranks auto, the same in every process; else job's own."""
-    if job.options.ranks == "uniform" or not left:
-        return job.ranks
-    sweep = sweep_of(job, job.blocks, "kfac")
+def first_sweep(job, left):
+    """What is to be read first: for --ranks auto `kfac`'s statistics, of all blocks."""
+    if job.measures(left):
+        return sweep_of(job, job.blocks, "kfac")
+    return own_sweep(job, left)
+
+
+def measure_ranks(job, sweep, left):
+    """--ranks auto: set the job's ranks by `kfac`'s sweep; returns the method's own."""
     wholes = wholes_of(job.ckpt, sweep, job.blocks, job.device, job.options.ridge)
     found = by_measurement.find_ranks(
         job.ckpt, wholes, job.ranks, job.held, job.device, job.dtype)
-    return large.from_first(found)
+    job.ranks = large.from_first(found)                     # the same in every process
+    return own_sweep(job, left)
 
 
 def solve_block(job, l, stats, progress):
@@ -773,6 +788,7 @@ def main():
     with writer:
         done = writer.done if first else {}
         left = large.from_first([l for l in job.blocks if part_of(l) not in done])
+        sweep = first_sweep(job, left)
         progress.say(report.header(job, args.seed))
         progress.say(plan.line())
         progress.warn(plan.warning())
@@ -780,10 +796,9 @@ def main():
             progress.say(f"going on: {len(job.blocks) - len(left)} of {len(job.blocks)} "
                          f"blocks are finished in {job.out}.partial")
         watch.lap("prepare")
-        job.ranks = measured_ranks(job, left)
-        if args.ranks == "auto":
+        if job.measures(left):
+            sweep = measure_ranks(job, sweep, left)
             watch.lap("ranks")
-        sweep = own_sweep(job, left)
         progress.begin(len(left) * len(LAYERS), plan.pace)
         for l, stats in large.divide(sweep):
             watch.lap("statistics")

@@ -138,18 +138,16 @@ SIGNALS = {
     "fisher": Signal("loss", PLAIN, lambda W, g: g * g),
     # Not in the paper: the gradient alone.
     "grad": Signal("loss", PLAIN, lambda W, g: g.abs()),
-    # Not in the paper: I as W×Grad's, and what the two-sided methods read.
+    # Not in the paper: I as W×Grad's, and beside it what the two-sided methods read.
     "kfac": Signal("loss", PLAIN, lambda W, g: (W * g).abs(), token_metric),
     "gfwsvd": Signal("loss", PLAIN, lambda W, g: (W * g).abs(), window_metric),
-    # Not in the paper: the gradient with its sign, for support/ranks.py.
-    "slope": Signal("loss", PLAIN, lambda W, g: g),
+    # The gradient with its sign, for support/ranks.py.
+    "slope": Signal("loss", PLAIN, lambda W, g: (W * g).abs(), lambda g, G: {"G": G}),
     # Table 7's uninformative baselines.
     "ones": Signal(None, None, lambda W, gram: torch.ones_like(W)),
     "magnitude": Signal(None, None, lambda W, gram: W.abs()),
 }
 BACKWARD = tuple(name for name, signal in SIGNALS.items() if signal.target)
-# What `air` takes for I: not what only the two-sided methods and ranks read.
-INFLUENCES = tuple(name for name in SIGNALS if name not in ("kfac", "gfwsvd", "slope"))
 
 
 def check_signal(signal, dtype):

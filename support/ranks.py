@@ -90,7 +90,7 @@ def slopes(ckpt, small, windows, device, dtype):
             # Not in place: an fp32 checkpoint hands out its own memory.
             W = ckpt.tensor(weight, device, torch.float32)
             D = W - small.tensor(weight, device, torch.float32)
-            slope = (stats[f"{name}.slope"].float() * D).sum().item()
+            slope = (stats[f"{name}.G.slope"].float() * D).sum().item()
             found[weight.removesuffix(".weight")] = -slope
     return found
 

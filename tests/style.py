@@ -18,9 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("air.py", "calibrate.py", "influence.py", "model.py", "eval_ppl.py", "generate.py")
 METHOD = {
     "air.py": """rank_at profile normalise bend truncated_svd objective als_sweep native_factors Losses air svdllm svd
-        fwsvd asvd statistics Inputs Layer layers_of Method METHODS activation_loss solve compress_block""",
+        fwsvd asvd kfac square_root kfac_air blended statistics
+        Inputs Layer layers_of Method METHODS activation_loss solve compress_block""",
     "influence.py": """ScaleGradient epsilon_linear identity_norm identity_silu uniform uniform_mul uniform_attention
-        attn_lrp Signal SIGNALS output_gradient start_gradient through_block add_influence block_backward
+        attn_lrp Signal token_metric window_metric SIGNALS
+        output_gradient start_gradient noting through_block add_influence add_metric
+        block_backward
         backward_sweep""",
     "calibrate.py": "calibration_windows recording add add_inputs embed forward_sweep",
     "model.py": """Config LAYERS READS INPUTS rope rotate wide rms_norm attention PLAIN LowRank projection Block Llama

@@ -215,7 +215,7 @@ def test_the_ridge_and_too_few_tokens_are_told(job, tmp_path, air_py):
     done = air_py(*arguments, "--quiet", "--text", "none")
     assert "warning" not in done.stderr                                         # 144 tokens for 48 inputs
     section = json.loads((out / "config.json").read_text())["air"]
-    assert section["ridge"] == {"32": pytest.approx(0.1 * 32 / 144), "48": pytest.approx(0.1 * 48 / 144)}
+    assert section["ridge"] == pytest.approx({str(n): 0.1 * (n / 144) ** 1.5 for n in (32, 48)})
     few = np.load(tmp_path / "w.npy")[:3]
     np.save(tmp_path / "few.npy", few)
     done = air_py("--ckpt", ckpt, "--calib", tmp_path / "few.npy", "--out", tmp_path / "o", "--quiet", "--text", "none",

@@ -1,4 +1,4 @@
-"""experiments/smollm2.py: a GGUF file -> a folder. The file's own reading by transformers is golden/smollm2.npz."""
+"""experiments/smollm2.py: a GGUF file -> a folder. Its own reading by transformers is golden/gguf/smollm2.npz."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ real = pytest.mark.skipif(not SMOLLM2.exists(), reason="data/smollm2 is made by 
 
 
 def golden():
-    with np.load(ROOT / "tests" / "golden" / "smollm2.npz") as kept:
+    with np.load(ROOT / "tests" / "golden" / "gguf" / "smollm2.npz") as kept:
         return json.loads(str(kept["texts"])), [kept[f"logits{i}"] for i in range(3)]
 
 

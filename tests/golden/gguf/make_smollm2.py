@@ -1,8 +1,8 @@
 """Make smollm2.npz beside this file: SmolLM2-135M as transformers reads the GGUF file itself (5.24, with gguf).
 
-    python tests/golden/make_smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf
+    python tests/golden/gguf/make_smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf
 
-Of each prompt the ids and every 64th logit of every token; of make_tokens.py's texts the ids.
+Of each prompt the ids and every 64th logit of every token; of ../make_tokens.py's texts the ids.
 """
 import json
 import sys
@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from make_tokens import TEXTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from make_tokens import TEXTS               # noqa: E402
 
 PROMPTS = ["The capital of France is", "def mean(values):\n    return", "In 1969 , the first men walked on the Moon ."]
 EVERY = 64
