@@ -28,7 +28,7 @@ FORMS = {
     "SVD-LLM(W), measured ranks": ({"method": "svdllm", "ranks": "auto"}, "blue", "*"),
     "two-sided, measured ranks": ({"method": "kfac", "ranks": "auto"}, "green", "P"),
     "two-sided, AIR's sweep, measured ranks": (
-        {"method": "kfac-air", "delta": 0.5, "ranks": "auto"}, "green", "X"),
+        {"method": "kfac-air", "delta": 0.5, "ranks": "auto"}, "olive", "X"),
 }
 
 
