@@ -137,6 +137,7 @@ def test_another_models_file_is_refused(tmp_path, change, said):
 
 def test_a_torn_file_or_another_wheel_is_one_sentence(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
+    pytest.importorskip("tokenizers")
     (tmp_path / "a.gguf").write_bytes(b"GGUF\x03\x00")
     with pytest.raises(InputError, match="a.gguf"):
         convert(tmp_path / "a.gguf", tmp_path / "out")
