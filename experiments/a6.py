@@ -11,7 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.common import Lab, setup_of
-from experiments.report import against, every, find, percent, show, table, verdict
+from experiments.report import (NAMED, against, every, find, percent, show, table,
+                                verdict)
 from support.script import run
 
 CALIBRATED = "the text each row names"
@@ -42,8 +43,8 @@ def below(result, which):
                    {"method": "air"}, {"method": "svdllm"}, ("ppl", which))
     said = [f"calibrated on {name}: {percent(gap)}" for name, gap in zip(names, gaps)]
     return verdict(
-        f"AIR is below SVD-LLM(W) also when calibrated on {names[1]} "
-        f"(perplexity on {result['texts'][which]['name']}).",
+        f"AIR is below SVD-LLM(W) also when calibrated on the second text "
+        f"(perplexity on the {NAMED[which]}).",
         every(gaps[1:], "lower"),
         f"AIR against SVD-LLM(W), {'; '.join(said)}.",
         "influence of one text need not be that of the other, or AIR gains little on "

@@ -14,8 +14,8 @@ from experiments.report import compare, find, percent, table
 from experiments.ridge import samples_at
 from support.script import run
 
-TOKENS = (0.5, 1, 4, 16, 64)            # for each of the widest inputs
-DELTAS = (0.25, 0.5, 1.0, 2.0, 4.0)
+TOKENS = (0.5, 2, 16, 64)               # for each of the widest inputs
+DELTAS = (0.25, 0.5, 1.0, 2.0)
 RIDGES = (0.0, 0.03, None)              # None: air.py's default
 RATE = 0.6
 CALIBRATED = "as many windows as a row says"
@@ -44,7 +44,7 @@ def markdown(result):
 
 
 def verdicts(result):
-    """The paper's δ at the paper's number of tokens."""
+    """None: these are no claims of the paper."""
     return []
 
 

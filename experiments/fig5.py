@@ -70,7 +70,7 @@ def saves_data(result):
         measured = (f"AIR reaches SVD-LLM(W)'s perplexity at {most} windows with "
                     f"{'at most' if fewest else 'about'} {n:.0f}, {saved:.0f} % less.")
     return verdict(
-        f"AIR matches SVD-LLM(W)'s quality at {most} windows with about 90 % less "
+        "AIR matches SVD-LLM(W)'s quality at the most windows with about 90 % less "
         "calibration data (here: from 80 %).",
         saved >= 80,
         measured,

@@ -15,7 +15,7 @@ from experiments.report import compare, find, percent, show, table
 from model import LAYERS
 from support.script import run
 
-RATES = (0.6, 0.4)
+RATES = (0.6,)
 DELTAS = (0.5, 2.0)
 KINDS = tuple(layer.split(".")[1] for layer in LAYERS)
 

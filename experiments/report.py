@@ -9,6 +9,9 @@ import sys
 from support.script import ROOT, write_whole
 
 RESULTS = ROOT / "experiments" / "results"
+# The models in the table of claims, and the texts in a claim.
+MODELS = {"demo": "the demo", "demo-adamw": "a demo by AdamW", "smollm2": "SmolLM2-135M"}
+NAMED = {"text": "first text", "text2": "second text"}
 SCRIPTS = ("table2", "table7", "table8", "fig1", "fig2", "fig3", "fig5", "fig6", "a6",
            "open_questions")
 # Okabe and Ito's, which the colour-blind tell apart.
@@ -92,16 +95,26 @@ def verdict_line(v):
     return line
 
 
-def claims(results):
-    """A table of the paper's claims, from the verdicts of the demo's results."""
+def verdicts_on(results, model):
+    """{(script, claim): the verdict's word} of a model, as far as it was measured."""
     words = {True: "holds", False: "**does not hold**", None: "undecided"}
-    rows = []
+    found = {}
     for name in SCRIPTS:
-        path = results / f"{name}-demo.json"
+        path = results / f"{name}-{model}.json"
         if path.exists():
-            for v in json.loads(path.read_text("utf-8"))["verdicts"]:
-                rows.append([f"`{name}`", v["claim"], words[v["holds"]]])
-    return table(["script", "claim", "on the demo"], rows, left=3)
+            for v in json.loads(path.read_text("utf-8")).get("verdicts", ()):
+                found[name, v["claim"]] = words[v["holds"]]
+    return found
+
+
+def claims(results):
+    """A table of the paper's claims, each once, with its verdict on every model."""
+    found = {model: verdicts_on(results, model) for model in MODELS}
+    rows = []
+    for name, claim in found["demo"]:
+        rows.append([f"`{name}`", claim,
+                     *(found[model].get((name, claim), "–") for model in MODELS)])
+    return table(["script", "claim", *MODELS.values()], rows, left=2 + len(MODELS))
 
 
 # ------------------------------------------------------------ tables

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.common import Lab, setup_of
-from experiments.report import (against, compare, drawn, every, find, listed,
+from experiments.report import (NAMED, against, compare, drawn, every, find, listed,
                                 mean_spread, number, percent, show, table, verdict)
 from support.script import run
 
@@ -115,8 +115,7 @@ def below_on(result, which):
     """Sections 1 and 4.1, of one text: AIR is below SVD-LLM(W)."""
     gaps = pair(result, "air", "svdllm", ("ppl", which))
     return verdict(
-        "AIR's perplexity is below SVD-LLM(W)'s at every rate "
-        f"({result['texts'][which]['name']}).",
+        f"AIR's perplexity is below SVD-LLM(W)'s at every rate ({NAMED[which]}).",
         every(gaps, "lower"),
         f"AIR against SVD-LLM(W), {listed(RATES, gaps)}.",
         "influence is measured around the dense model, and a low rate is far from it; a "
@@ -185,7 +184,7 @@ def diverges_less(result, which):
     gaps = pair(result, "air", "svdllm", ("js", which))
     return verdict(
         "AIR diverges less from the dense model than SVD-LLM(W) at every rate "
-        f"({result['texts'][which]['name']}).",
+        f"({NAMED[which]}).",
         every(gaps, "lower"),
         f"JS divergence of AIR against SVD-LLM(W), {listed(RATES, gaps)}.",
         "what is said of perplexity above, and the same tests.")

@@ -429,3 +429,87 @@ def test_measured_ranks_are_searched_once_for_all_methods_and_are_the_commands(l
     found = here.ranks(job, common.options_of(settings[0]))
     uniform = pick_ranks(here.ckpt, range(2), 0.5)
     assert found.keys() == uniform.keys() and len(calls) == len(here.seeds)
+
+
+# -------------------------------------------------------------------------------- beyond the paper's tables
+def test_a_claim_stands_once_with_its_verdict_on_every_model(tmp_path):
+    def write(model, *verdicts):
+        made = [report.verdict(claim, holds, "…") for claim, holds in verdicts]
+        (tmp_path / f"table8-{model}.json").write_text(json.dumps({"verdicts": made}), "utf-8")
+    write("demo", ("A.", True), ("B.", False))
+    write("smollm2", ("B.", None))
+    lines = report.claims(tmp_path).splitlines()
+    assert lines[2:] == ["| `table8` | A. | holds | – | – |", "| `table8` | B. | **does not hold** | – | undecided |"]
+
+
+@pytest.fixture
+def result_of(tmp_path, monkeypatch, lab):
+    """What a script writes for the tiny model."""
+    def run(name, *more, **edits):
+        module = importlib.import_module(f"experiments.{name}")
+        for key, value in edits.items():
+            monkeypatch.setattr(module, key, value)
+        setup = lab().setup
+        argv = [name, *more, "--ckpt", setup.ckpt, "--calib", setup.calib, "--seeds", "3", "--windows", "5"]
+        argv += ["--samples", "6", "--seqlen", "16", "--work", str(tmp_path / "work"), "--results", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", argv)
+        module.main()
+        written = json.loads((tmp_path / f"{name}-tiny.json").read_text("utf-8"))
+        assert module.markdown(written) in report.block(module, written) and written["verdicts"] == []
+        return module, written
+    return run
+
+
+def ppl_of(lab, **setting):
+    row, = lab(seeds="3").measure([{"rate": 0.6} | setting])
+    return row["ppl"]["text"]
+
+
+def test_one_kind_by_air_is_that_kinds_factors_and_all_the_others(result_of, lab):
+    module, result = result_of("kinds")
+    assert find(result["rows"], method="air", delta=0.5)["ppl"]["text"] == ppl_of(lab, method="air", delta=0.5)
+    values = [find(result["rows"], method=kind, delta=2.0)["ppl"]["text"] for kind in module.KINDS]
+    assert len(module.KINDS) == len({tuple(each) for each in values}) == 7
+    x = air.Layer("model.layers.0.mlp.up_proj", torch.randn(6, 5), 2,
+                  air.Inputs("", torch.eye(5, dtype=torch.float64), None, 0.0), {"lrp": torch.rand(6, 5)})
+    mine, others = (air.METHODS[kind].factors(x, Options(delta=2.0))[0] for kind in ("up_proj", "gate_proj"))
+    assert torch.equal(mine, air.METHODS["air"].factors(x, Options(delta=2.0))[0])
+    assert torch.equal(others, air.METHODS["svdllm"].factors(x, Options())[0]) and not torch.equal(mine, others)
+
+
+def test_roots_and_ridges_are_what_they_are_called(result_of, lab):
+    module, result = result_of("roots")
+    none = "none, the paper's"
+    assert module.ppl(result, none, "start") == ppl_of(lab, method="svdllm")
+    assert module.ppl(result, none, "triangle", 2.0) == ppl_of(lab, method="air")
+    own = "3 % of each input's own"
+    assert module.ppl(result, own, "triangle", 0.5) == ppl_of(lab, method="air", delta=0.5, ridge=0.03)
+    # The mean's share is what --ridge adds where all inputs have the same energy.
+    x = air.Layer("q", torch.randn(6, 5), 2, air.Inputs("", None, None, 0.03), {})
+    x.inputs.gram = torch.full((5, 5), 0.25, dtype=torch.float64).fill_diagonal_(1.0)
+    assert distance(module.factor(x, True), module.factor(x, False)) < 1e-12
+    x.inputs.gram[0, 0] = 100.0
+    assert distance(module.factor(x, True), module.factor(x, False)) > 1e-3
+    # With δ = 0 a root changes nothing.
+    W, I = torch.randn(6, 5), torch.rand(6, 5)
+    one = module.symmetric(W, x.S, I, 3, 0.0)
+    other = air.air(W, x.S, I, 3, 0.0)
+    assert distance(one[0] @ one[1], other[0] @ other[1]) < 1e-5
+
+
+def test_the_heat_map_compares_with_the_same_ridge_and_tokens(result_of, lab):
+    module, result = result_of("delta", TOKENS=(1, 4), RIDGES=(0.0, None), DELTAS=(0.5, 2.0))
+    samples = {tokens: max(1, round(tokens * Checkpoint(lab().setup.ckpt).cfg.hidden / 16)) for tokens in (1, 4)}
+    (one,), (other,) = (ppl_of(lab, method=method, delta=0.5, ridge=None, samples=samples[4]) for method in ("air", "svdllm"))
+    assert math.isclose(module.gap(result, 4, None, 0.5)[0], 100 * (one / other - 1), rel_tol=1e-9)
+
+
+def test_closed_forms_and_a_training_run_on_a_tiny_model(result_of, lab, tmp_path):
+    module, result = result_of("closed", RATES=(0.6,))
+    for name in ("SVD", "GFWSVD", "two-sided"):
+        assert module.ppl(result, name, 0.6) == ppl_of(lab, **module.FORMS[name][0], ridge=None)
+    for at in ("2M", "10M", "0.5M"):
+        shutil.copytree(tmp_path / "tiny", tmp_path / "tiny" / at, ignore=shutil.ignore_patterns("*M"))
+    module, result = result_of("training", str(tmp_path / "tiny"), RATES=(0.6,))
+    assert list(result["checkpoints"]) == ["0.5M", "2M", "10M", "best"]
+    assert len({json.dumps(each["rows"]) for each in result["checkpoints"].values()}) == 1
