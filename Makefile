@@ -37,9 +37,9 @@ experiments: .venv/ready
 	-$(PIP) matplotlib
 	for name in $(PAPER) $(BEYOND); do .venv/bin/python experiments/$$name.py || exit 1; done
 
-# Those that say something of a real model, on SmolLM2: a day on 2 cores, a seed at a time with SEEDS=3.
+# Those that say something of a real model, on SmolLM2 (TEXT=… as for it): days on 2 cores, a seed with SEEDS=3.
 SEEDS = 3,4,5
-SMALL = --ckpt data/smollm2 $(HALVES) --samples 16 --seqlen 1024 --windows 10 --seeds $(SEEDS)
+SMALL = --ckpt data/smollm2 $(if $(TEXT),$(HALVES)) --samples 16 --seqlen 1024 --windows 10 --seeds $(SEEDS)
 smollm2-experiments: .venv/ready
 	-$(PIP) matplotlib
 	for name in closed fig3 table8 roots kinds table7 delta; do .venv/bin/python experiments/$$name.py $(SMALL) || exit 1; done

@@ -500,7 +500,8 @@ def test_roots_and_ridges_are_what_they_are_called(result_of, lab):
 def test_the_heat_map_compares_with_the_same_ridge_and_tokens(result_of, lab):
     module, result = result_of("delta", TOKENS=(1, 4), RIDGES=(0.0, None), DELTAS=(0.5, 2.0))
     samples = {tokens: max(1, round(tokens * Checkpoint(lab().setup.ckpt).cfg.hidden / 16)) for tokens in (1, 4)}
-    (one,), (other,) = (ppl_of(lab, method=method, delta=0.5, ridge=None, samples=samples[4]) for method in ("air", "svdllm"))
+    same = {"delta": 0.5, "ridge": None, "samples": samples[4]}
+    (one,), (other,) = (ppl_of(lab, method=method, **same) for method in ("air", "svdllm"))
     assert math.isclose(module.gap(result, 4, None, 0.5)[0], 100 * (one / other - 1), rel_tol=1e-9)
 
 
