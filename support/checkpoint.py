@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model import Block, Llama
-from support.config import parse_config
+from support.config import parse_config, quantized_of
+from support.packed import PARTS, unpacked
 from support.script import (Hold, InputError, check_readable, check_space, denied,
                             may_write, read_json, sha256, usual_mode, write_whole)
 
@@ -46,6 +47,20 @@ def open_safetensors(path):
         shape = tuple(entry.get_shape())
         found[name] = Stored(shape, dtype, lambda name=name: f.get_tensor(name))
     return found
+
+
+def packed(name, parts, shape, bits, group):
+    """The Stored of a weight (rows, columns) whose `parts` are Stored as support/packed.py
+    says. Raises InputError for parts of other shapes."""
+    rows, columns = shape
+    groups = -(-columns // group) if group else 1
+    wanted = (rows, -(-columns * bits // 8)), (rows, groups), (rows, groups)
+    found = tuple(each.shape for each in parts)
+    if found != wanted:
+        raise InputError(f"{name} is packed in shapes {found}; config.json implies {wanted} "
+                         f"at {bits} bits: use matching files")
+    return Stored(shape, parts[1].dtype,
+                  lambda: unpacked([each.read() for each in parts], bits, group, columns))
 
 
 def in_memory(tensors):
@@ -201,6 +216,7 @@ class Checkpoint:
             raise InputError(f"{path} is not a .safetensors or .bin file (or .pt, .pth); "
                              "give one of these, or the folder they are in")
         self.folder = path if path.is_dir() else path.parent
+        self.path = path.resolve()
         self.name = name_of(path)
         check_readable(self.folder / "config.json")
         if not (self.folder / "config.json").is_file():
@@ -234,6 +250,7 @@ class Checkpoint:
             expected.pop("lm_head.weight")
             spare.add("lm_head.weight")
             self.check_tied()
+        self.unpack(expected)
         self.check_names("lacks", expected.keys() - self.tensors.keys())
         self.check_names("has, beyond the model of config.json,",
                          self.tensors.keys() - expected.keys() - spare)
@@ -246,6 +263,19 @@ class Checkpoint:
                 raise InputError(f"{name} is stored as {stored.dtype}; expected fp32, "
                                  "fp16 or bf16")
         return expected
+
+    def unpack(self, expected):
+        """Put weights that enhance/quantize.py packed under their own names; `expected`
+        {name: shape}. Each is unpacked when it is read. Raises InputError for parts of
+        other shapes."""
+        quantized = quantized_of(self.raw)
+        if quantized is None:
+            return
+        for name, shape in expected.items():
+            if name + PARTS[0] in self.tensors:
+                self.check_names("lacks", {name + part for part in PARTS} - self.tensors.keys())
+                parts = [self.tensors.pop(name + part) for part in PARTS]
+                self.tensors[name] = packed(name, parts, shape, *quantized)
 
     def check_tied(self):
         """Raise InputError for a head beside the embedding that it should equal."""
@@ -591,6 +621,6 @@ class Writer:
         return self
 
     def __exit__(self, *error):
-        if not (self.keep and self.done):
+        if not (self.keep and self.folder.files):
             shutil.rmtree(self.partial, ignore_errors=True)
         self.leave()

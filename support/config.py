@@ -3,6 +3,7 @@ whatever would change the numbers and is not computed is refused by name."""
 from pathlib import Path
 
 from model import LAYERS, Config
+from support.packed import WIDTHS
 from support.script import InputError
 
 # {model_type: its architecture}. model_type decides how a model computes; a result of
@@ -314,6 +315,17 @@ def ranks_of(raw):
     for layer in ranks:
         integer(ranks, layer)
     return ranks
+
+
+def quantized_of(raw):
+    """(bits, group) of a result whose factors enhance/quantize.py packed; else None."""
+    section = mapping(mapping(raw, "air"), "quantized")
+    if not section:
+        return None
+    bits = integer(section, "bits")
+    if bits not in WIDTHS:
+        raise refuse("air.quantized.bits", bits, f"one of {WIDTHS}")
+    return bits, integer(section, "group", least=0)
 
 
 # ------------------------------------------------------------ the whole

@@ -57,6 +57,7 @@ def finish(job, writer, seed):
         "ridge": {str(n): share for n, share in job.ridges.items()},
         "allocation": job.options.ranks,
         "ranks": report["ranks"],
+        "source": {"path": str(job.ckpt.path), "fingerprint": job.ckpt.fingerprint()},
         "seed": seed,
         "dtype": str(job.dtype)[6:],
         "calibration": {"text": job.calib, "samples": N, "seqlen": T,

@@ -191,6 +191,30 @@ def read_text(path):
                          "save the file as UTF-8 text") from None
 
 
+def instruction_rows(path):
+    """Instructions, [{"instruction", "input", "output"}, …], of a .json file.
+
+    Raises InputError with the row that lacks a text; "input" may be absent.
+    """
+    try:
+        rows = json.loads(read_text(path))
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path} is not readable as JSON ({e}); expected a list of "
+                         "instructions, as Alpaca's") from None
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{path} is no list of rows (found {str(rows)[:40]!r}); expected "
+                         'objects with "instruction", "input" and "output"')
+    for i, row in enumerate(rows, 1):
+        for key in ("instruction", "input", "output"):
+            optional = "" if key == "input" else None
+            text = row.get(key, optional) if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                raise InputError(f"row {i} of {path} has no text under '{key}'; expected "
+                                 "rows as Alpaca's: mend or delete it")
+            check_text(text, f"row {i} of {path}")
+    return rows
+
+
 def file_rows(path):
     """The documents of a user's own file. Raises InputError."""
     kind = path.suffix.lower()

@@ -7,7 +7,7 @@ from style import ROOT, SCRIPTS, code_lines, comments, figures, functions, lengt
 
 FILES = [ROOT / name for name in SCRIPTS] + [
     path
-    for folder in ("support", "experiments")
+    for folder in ("support", "enhance", "experiments")
     for path in sorted((ROOT / folder).glob("*.py"))
     if path.name != "__init__.py"
 ]
@@ -17,6 +17,7 @@ ORDER = [
     "support.script",
     "model",
     "support.fast",
+    "support.packed",
     "support.config",
     "support.checkpoint",
     "support.texts",
@@ -30,6 +31,11 @@ ORDER = [
     "support.export",
     "generate",
     "air",
+    "support.enhance",
+    "enhance.refine",
+    "enhance.retrain",
+    "enhance.lora",
+    "enhance.quantize",
     "support.modeling_air",     # last: it is read by other tools, never here
 ]
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

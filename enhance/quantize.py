@@ -1,0 +1,195 @@
+"""Quantization of the factors: each number in 8, 4, 3 or 2 bits, packed on disk.
+
+    python enhance/quantize.py --ckpt out/demo-air-0.6 --bits 4 --out out/demo-air-0.6-4bit
+
+Block by block in the compressed model's stream: the inputs of the V factors are collected
+and V quantized, then those of the U factors *through the quantized V*, and U quantized, so
+that U answers for what V lost (Table 6). Two roundings: to the nearest code (RTN), and
+GPTQ's (Frantar et al., 2023), which moves each column's error to the columns that follow.
+eval_ppl.py, generate.py, export.py and the rest of enhance/ read the result.
+
+Shapes: m out, n in; a factor (rows, columns), of which `group` columns share a grid.
+"""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
+from calibrate import block_forward, embed
+from model import LowRank, rope
+from support.enhance import advance, arguments, make_plan, prepare, weights_of, write_blocks
+from support.packed import WIDTHS, dequantize, grid_of, packed_tensors
+from support.progress import told
+from support.script import InputError, run
+
+DAMP = 0.01             # of the Hessian's mean diagonal, added to it (GPTQ's)
+BLOCK = 128             # columns whose errors are gathered before they are moved on (GPTQ's)
+
+
+# ------------------------------------------------------------ rounding
+def inverse_factor(H):
+    """The upper Cholesky factor (n, n) fp64 of H⁻¹, H damped; inputs that are always 0 count
+    as independent."""
+    H = H.double().clone()
+    H.diagonal()[H.diagonal() == 0] = 1
+    H.diagonal().add_(DAMP * H.diagonal().mean())
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+
+
+def gptq(W, H, bits, group, dtype):
+    """GPTQ: column by column, its rounding error spread over those that follow.
+
+    W (rows, columns) fp32; H (columns, columns) = ΣXXᵀ of its inputs, of any scale; the
+    identity makes it round to nearest (RTN). With T the upper Cholesky factor of H⁻¹ the
+    later columns make up for column j by its error over T_jj, times T's row j. A group's
+    grid is that of its columns as they are by then. Returns codes (rows, columns), scales
+    and zeros (rows, groups).
+    """
+    W = W.clone()
+    T = inverse_factor(H).to(W.dtype)
+    columns = W.shape[1]
+    codes = torch.empty_like(W)
+    scales = []
+    zeros = []
+    for start in range(0, columns, group or BLOCK):
+        stop = min(start + (group or BLOCK), columns)
+        if group or start == 0:
+            grid = grid_of(W[:, start:stop] if group else W, bits, dtype)
+            scales.append(grid.scale)
+            zeros.append(grid.zero)
+        errors = torch.empty_like(W[:, start:stop])
+        for j in range(start, stop):
+            column = W[:, j:j + 1]
+            codes[:, j:j + 1] = grid.codes(column)
+            error = (column - grid.values(codes[:, j:j + 1])) / T[j, j]
+            W[:, j + 1:stop] -= error * T[j, j + 1:stop]
+            errors[:, j - start:j - start + 1] = error
+        # Those beyond the block, once for all its columns.
+        W[:, stop:] -= errors @ T[start:stop, stop:]
+    return codes, torch.cat(scales, 1), torch.cat(zeros, 1)
+
+
+def output_error(W, Q, H):
+    """tr(D H Dᵀ), D = W − Q: the squared error of the outputs."""
+    D = (W - Q).double()
+    return ((D @ H.double()) * D).sum().item()
+
+
+def quantize_factor(W, H, options, dtype):
+    """One factor -> (what `gptq` returns, the values, tr(D H Dᵀ), that of RTN).
+
+    Not in the paper: where GPTQ's error in the output is above RTN's, RTN's codes are kept.
+    """
+    W = W.float()
+    hessians = {"rtn": torch.eye(len(H), device=H.device)}
+    if options["rounding"] == "gptq":
+        hessians["gptq"] = H
+    found = {}
+    for name, hessian in hessians.items():
+        made = gptq(W, hessian, options["bits"], options["group"], dtype)
+        Q = dequantize(*made, options["group"])
+        found[name] = made, Q, output_error(W, Q, H)
+    best = min(found.values(), key=lambda each: each[2])
+    return *best, found["rtn"][2]
+
+
+# ------------------------------------------------------------ a block
+def factors_of(block, which):
+    """{name: Linear} of the block's factors "V" or "U"."""
+    return {f"{name}.{which}": getattr(layer, which)
+            for name, layer in block.named_modules() if isinstance(layer, LowRank)}
+
+
+def input_grams(block, layers, h, angles):
+    """{name: ΣXXᵀ (n, n)} of the inputs that `layers` {name: Linear} see, the block's
+    input being h (N, T, dim); products in fp32, sums in fp64."""
+    grams = {name: 0 for name in layers}
+    hooks = []
+    for name, layer in layers.items():
+        def note(_, inputs, name=name):
+            x = inputs[0].flatten(0, -2).float()
+            grams[name] = grams[name] + (x.T @ x).double()
+        hooks.append(layer.register_forward_pre_hook(note))
+    block_forward(block, h, torch.empty_like(h), angles, gram=False)
+    for hook in hooks:
+        hook.remove()
+    return grams
+
+
+def quantize_block(block, h, angles, options, dtype):
+    """Quantize a block's factors in place, V first.
+
+    h (N, T, dim) its input. Returns ({name: tensor} as stored, {factor: [error, RTN's]}).
+    """
+    tensors = {}
+    errors = {}
+    for which in ("V", "U"):
+        layers = factors_of(block, which)
+        # The inputs of U come through the V that was just quantized.
+        grams = input_grams(block, layers, h, angles)
+        for name, layer in layers.items():
+            made, Q, *errors[name] = quantize_factor(
+                layer.weight, grams[name], options, dtype)
+            layer.weight.copy_(Q.to(dtype))
+            tensors |= packed_tensors(f"{name}.weight", *made, options["bits"])
+    return tensors, errors
+
+
+@torch.no_grad()
+def quantize(task, finished):
+    """Yield (l, {name: tensor} of block l as stored, {factor: [error, RTN's]}).
+
+    finished(l): the weights of a block that is quantized already, or None.
+    """
+    h = embed(task.ckpt, torch.cat((task.windows, task.held)), task.dtype)
+    angles = rope(task.ckpt.cfg, h.shape[1], task.device)
+    for l in told("block", range(task.ckpt.cfg.n_layers)):
+        block = task.ckpt.block(l, task.device, task.dtype)
+        state = finished(l)
+        if state is None:
+            packed, errors = quantize_block(block, h, angles, task.options, task.ckpt.dtype)
+            at = f"model.layers.{l}."
+            packed = {at + name: tensor.cpu() for name, tensor in packed.items()}
+            yield l, packed | task.ckpt.rest(l, [at + name for name in errors]), errors
+        else:
+            block.load_state_dict(state)
+        advance(block, h, angles)
+
+
+# ------------------------------------------------------------ the command
+def plan(task):
+    """The plan's line. Raises InputError for what does not fit."""
+    cfg = task.ckpt.cfg
+    tokens = (len(task.windows) + len(task.held)) * task.windows.shape[1]
+    numbers = max(weights_of(task.ckpt, l) for l in range(cfg.n_layers))
+    # Three passes; a rounding moves each column's error to all that follow.
+    flops = cfg.n_layers * numbers * (6 * tokens + 4 * cfg.hidden)
+    stream = 2 * tokens * cfg.dim * task.dtype.itemsize
+    return make_plan(task, flops, stream, 12 * numbers + 16 * 7 * cfg.hidden**2)
+
+
+def line(errors):
+    """How far the outputs of the factors moved, against RTN."""
+    ratios = [own / nearest for own, nearest in errors.values() if nearest]
+    return f"error in the outputs {sum(ratios) / max(1, len(ratios)):.2f} of RTN's"
+
+
+def main():
+    p = arguments(__doc__)
+    p.add_argument("--bits", type=int, choices=WIDTHS, default=4, help="(default 4)")
+    p.add_argument("--group", type=int, default=0, help="columns that share a grid; 0: all of "
+                   "a row (default)")
+    p.add_argument("--rounding", choices=("gptq", "rtn"), default="gptq",
+                   help="(default gptq)")
+    args = p.parse_args()
+    if args.group < 0:
+        raise InputError(f"--group is {args.group}; expected 0, or columns that share a grid")
+    grid = {"bits": args.bits, "group": args.group}
+    task = prepare("quantize", args, grid | {"rounding": args.rounding})
+    write_blocks(task, args, plan(task), lambda finished: quantize(task, finished), line,
+                 {"quantized": grid})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,441 @@
+"""What the files of enhance/ share: arguments, the result they start from, the one they
+write, learning rates."""
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from calibrate import add_calibration_arguments, block_forward, calibration_windows
+from eval_ppl import (bits_per_byte, evaluate, evaluation_windows, per_byte_line,
+                      warn_nonfinite, windows_line)
+from model import LowRank
+from support.checkpoint import Checkpoint, Writer, part_of, result_bytes
+from support.config import MODELING, compressed_config, dense_config
+from support.large import machine_rates
+from support.packed import PARTS, unpacked
+from support.progress import Progress, Stopwatch
+from support.script import (InputError, check_apart, check_writable, code_digest,
+                            free_bytes, parser, peak_memory, pick_device, write_json)
+from support.texts import digest, with_defaults
+
+ADAM = ("step", "exp_avg", "exp_avg_sq")        # what AdamW keeps of a parameter
+HELD = 8        # one window in so many is held out: what is kept is best on these
+
+
+# ------------------------------------------------------------ arguments
+def arguments(doc):
+    """The parser of a file in enhance/."""
+    p = parser(doc)
+    for action in p._actions:
+        if action.dest == "ckpt":
+            action.default = None
+            action.required = True
+            action.help = "the result to start from, a folder that air.py or enhance/ wrote"
+    p.add_argument("--dense", help="the dense checkpoint that it was made of (default: "
+                   "where the result says it was)")
+    add_calibration_arguments(p)
+    p.add_argument("--text", help="evaluation text, or none (default: the test part of the "
+                   "--calib text)")
+    p.add_argument("--windows", type=int, metavar="N", help="evaluate on N evenly spaced "
+                   "windows of the text's (default: all)")
+    p.add_argument("--out", required=True, help="output folder")
+    p.add_argument("--overwrite", action="store_true",
+                   help="replace an existing output folder once the new one is whole")
+    p.add_argument("--json", metavar="FILE", help="write the results to FILE")
+    return p
+
+
+def dense_of(ckpt, given):
+    """The dense Checkpoint that a result was made of.
+
+    `given`, or where the result's config.json says it was. Raises InputError where that is
+    not there or is another model.
+    """
+    source = ckpt.raw.get("air", {}).get("source", {})
+    path = given or source.get("path")
+    if path is None:
+        raise InputError(f"{ckpt.folder} does not say of which checkpoint it was made; "
+                         "name that with --dense")
+    if not given and not Path(path).exists():
+        raise InputError(f"{ckpt.folder} was made of {path}, which is not there any more; "
+                         "name it with --dense")
+    dense = Checkpoint(path)
+    if dense.cfg != replace(ckpt.cfg, ranks={}):
+        raise InputError(f"{path} is not the dense model of {ckpt.folder}: their config.json "
+                         "differ beyond the ranks; name the right one with --dense")
+    if source.get("fingerprint", dense.fingerprint()) != dense.fingerprint():
+        raise InputError(f"{path} is not the checkpoint that {ckpt.folder} was made of: its "
+                         "weights are others; name the right one with --dense")
+    return dense
+
+
+# ------------------------------------------------------------ the task
+@dataclass
+class Task:
+    """What a run is to do, decided and checked before the first matrix product."""
+
+    name: str                   # of the file in enhance/
+    ckpt: Checkpoint            # the result it starts from
+    options: dict               # its own arguments
+    calib: str                  # calibration text
+    windows: torch.Tensor       # (N, T) token ids to learn from
+    held: torch.Tensor          # (N/8, T) by which it is told what is best
+    text: str                   # evaluation text, or "none"
+    evaluation: tuple | None    # (windows, tokens in the text, tokens a byte)
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    out: str
+
+    def facts(self):
+        """What the result depends on: a run that goes on must have the same."""
+        windows = digest(torch.cat((self.windows, self.held)))
+        code = code_digest("model.py", "support/enhance.py", f"enhance/{self.name}.py")
+        return {"by": self.name, "checkpoint": self.ckpt.fingerprint(), "windows": windows,
+                "dtype": str(self.dtype), "code": code, "seed": self.seed, **self.options}
+
+    def header(self):
+        N, T = self.windows.shape
+        options = ", ".join(f"{key} {value}" for key, value in self.options.items())
+        return (f"{self.name} of {self.ckpt.name}: {N} + {len(self.held)} held out x {T} "
+                f"tokens of {self.calib}, {options}\n"
+                f"torch {torch.__version__}, {self.device} ({torch.get_num_threads()} "
+                f"threads), {str(self.dtype)[6:]}, seed {self.seed}")
+
+
+def prepare(name, args, options, instructions=None):
+    """Arguments -> Task. Whatever can be wrong with them raises InputError here.
+
+    instructions(path, ckpt) -> (N, T) reads --calib where that is a .json file.
+    """
+    check_writable(args.json)
+    ckpt = Checkpoint(args.ckpt)
+    if not ckpt.cfg.ranks:
+        raise InputError(f"{args.ckpt} is dense; point --ckpt at a result of air.py")
+    ckpt.extras()
+    device, dtype, _ = pick_device(args.device, args.dtype)
+    calib, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
+    instructed = instructions and calib.lower().endswith(".json")
+    if instructed:
+        windows = instructions(calib, ckpt)[:args.samples]
+    else:
+        windows = calibration_windows(calib, ckpt, samples, seqlen, args.seed)
+    if len(windows) < 2:
+        raise InputError(f"{len(windows)} calibration window; expected 2 or more, since one "
+                         f"in {HELD} is held out: set --samples")
+    n = max(1, len(windows) // HELD)
+    usual, _, length = with_defaults(ckpt, None, None, args.seqlen)
+    text = args.text or (usual if instructed else calib)
+    length = length if instructed else windows.shape[1]
+    evaluation = None
+    if text != "none":
+        evaluation = evaluation_windows(text, ckpt, length, args.windows)
+    check_apart(args.out, json=args.json)
+    return Task(name, ckpt, options, calib, windows[:-n], windows[-n:], text, evaluation,
+                device, dtype, args.seed, args.out)
+
+
+def weights_of(ckpt, l):
+    """Numbers in block l of a checkpoint."""
+    at = f"model.layers.{l}."
+    return sum(math.prod(ckpt.tensors[name].shape) for name in ckpt.names
+               if name.startswith(at))
+
+
+def make_plan(task, flops, host, block):
+    """The plan in one line: `flops` in all, bytes of the `host`'s memory and of a `block`
+    and what belongs to it, on the device. Raises InputError for what does not fit."""
+    if task.device.type == "cpu":
+        host += block
+        block = 0
+    needs = ((torch.device("cpu"), host, "fewer --samples take less"),
+             (task.device, block, "--device cpu works in the host's memory"))
+    for memory, need, advice in needs:
+        free = free_bytes(memory)
+        if free is not None and need > free:
+            raise InputError(f"the run needs {need / 1e9:.1f} GB of {memory.type} memory and "
+                             f"{free / 1e9:.1f} GB are free; {advice}")
+    rate, _, _ = machine_rates(task.device, task.dtype)
+    gpu = f", {block / 1e9:.2f} GB on the GPU" if block else ""
+    return (f"plan: about {flops / rate / 60:.1f} min, {host / 1e9:.2f} GB of memory{gpu}, "
+            f"result {result_bytes(task.ckpt, {}) / 1e9:.2f} GB (measured: "
+            f"{rate / 1e9:,.0f} GFLOP/s)")
+
+
+# ------------------------------------------------------------ learning
+@torch.no_grad()
+def balance(model):
+    """Scale each rank's row of V and column of U to about one length, in place.
+
+    Not in the papers: S⁻¹ leaves V's numbers thousands of times smaller than U's, and Adam
+    moves both by as much. By powers of two, so that UV stays what it is bit by bit.
+    """
+    for layer in model.modules():
+        if isinstance(layer, LowRank):
+            U = layer.U.weight
+            V = layer.V.weight
+            ratio = V.norm(dim=1) / U.norm(dim=0).clamp_min(1e-30)              # (k,)
+            scale = (ratio.clamp_min(1e-30).log2() / 2).round().exp2()
+            U.mul_(scale)
+            V.div_(scale[:, None])
+
+
+def products(device, dtype):
+    """Matrix products in `dtype`, where parameters that learn are in fp32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def rate_at(step, steps, warm_up, last):
+    """Share of the peak learning rate at `step` of 0 … steps-1: linear warm-up over
+    `warm_up` steps, then a cosine to `last`."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    done = (step - warm_up) / max(1, steps - warm_up)
+    return last + (1 - last) * (1 + math.cos(math.pi * done)) / 2
+
+
+def linear_at(step, steps, warm_up):
+    """The same with a straight line to 0."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return (steps - step) / max(1, steps - warm_up)
+
+
+@torch.no_grad()
+def advance(block, h, angles):
+    """A stream (N, T, dim) in the host's memory through a block, in place."""
+    block_forward(block, h, h, angles, gram=False)
+
+
+class Course:
+    """AdamW without weight decay on `params` {name: fp32 tensor}; what is best on held-out
+    text is kept, rounded to the dtype `stored`.
+
+    folder: a TensorFolder in which a killed run finds all of it again; None: none.
+    """
+
+    def __init__(self, params, options, stored, folder=None, name="training"):
+        self.params = params
+        self.lr = options["lr"]
+        self.every = options["every"]           # steps between evaluations
+        self.patience = options.get("patience", 0)      # of them without a better one; 0: any
+        self.stored = stored
+        self.folder = folder
+        self.name = f"{name}.safetensors"
+        self.optimizer = torch.optim.AdamW(params.values(), weight_decay=0.0)
+        self.step = 0
+        self.log = []                           # [step, held-out loss]
+        self.best = None                        # {name: tensor}
+        if folder and self.name in folder.files:
+            self.load()
+
+    def update(self, share):
+        """One step by the gradient that was added, at `share` of the peak rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * share
+        torch.nn.utils.clip_grad_norm_(self.params.values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    @torch.no_grad()
+    def give(self, values):
+        for key, w in self.params.items():
+            w.copy_(values[key])
+
+    def judge(self, held_loss):
+        """Note held_loss() of the parameters as they would be stored; a state is saved."""
+        exact = {key: w.detach().clone() for key, w in self.params.items()}
+        rounded = {key: w.to(self.stored) for key, w in exact.items()}
+        self.give(rounded)
+        loss = held_loss()
+        self.give(exact)
+        if loss < min((each for _, each in self.log), default=math.inf):
+            self.best = rounded
+        self.log.append([self.step, loss])
+        if self.folder:
+            self.save()
+
+    @property
+    def since_best(self):
+        """How many evaluations ago the best was."""
+        losses = [loss for _, loss in self.log]
+        return len(losses) - 1 - losses.index(min(losses))
+
+    def save(self):
+        tensors = {}
+        for key, w in self.params.items():
+            tensors |= {f"{key}:now": w, f"{key}:best": self.best[key]}
+            for name, moment in self.optimizer.state[w].items():
+                tensors[f"{key}:{name}"] = moment
+        self.folder.save(self.name, tensors, {"step": self.step, "log": self.log})
+
+    def load(self):
+        note = self.folder.files[self.name]["note"]
+        self.step = note["step"]
+        self.log = note["log"]
+        tensors = self.folder.load(self.name)
+        self.give({key: tensors[f"{key}:now"] for key in self.params})
+        self.best = {key: tensors[f"{key}:best"].clone() for key in self.params}
+        if self.step:
+            for key, w in self.params.items():
+                state = {name: tensors[f"{key}:{name}"].clone() for name in ADAM}
+                for name in ADAM[1:]:
+                    state[name] = state[name].to(w.device)
+                self.optimizer.state[w] = state
+
+
+def learn(course, steps, gradient, held_loss, share):
+    """Train a Course's parameters and give them their best values; yields [step, held-out
+    loss].
+
+    gradient(step) adds the gradient of a step's loss; share(step) is that of the peak rate.
+    Ends after `steps`, or when the course's patience does.
+    """
+    if not course.log:
+        course.judge(held_loss)
+    yield course.log[-1]
+    while course.step < steps and not 0 < course.patience <= course.since_best:
+        gradient(course.step)
+        course.update(share(course.step))
+        if course.step % course.every == 0 or course.step == steps:
+            course.judge(held_loss)
+            yield course.log[-1]
+    course.give(course.best)
+
+
+# ------------------------------------------------------------ the result
+def open_writer(task, overwrite):
+    """The Writer of a task's result, which keeps what is finished."""
+    need = result_bytes(task.ckpt, {})
+    return Writer(task.out, need, overwrite, task.facts(), keep=True)
+
+
+def block_state(ckpt, l, tensors, packed):
+    """The state dict of block l, from its file's tensors; packed: as for `finish`."""
+    at = f"model.layers.{l}."
+    shapes = {name: ckpt.tensors[name].shape for name in ckpt.names if name.startswith(at)}
+    state = {}
+    for name, (*_, columns) in shapes.items():
+        if name in tensors:
+            state[name.removeprefix(at)] = tensors[name]
+        else:
+            parts = [tensors[name + part] for part in PARTS]
+            state[name.removeprefix(at)] = unpacked(parts, **packed["quantized"], columns=columns)
+    return state
+
+
+def write_blocks(task, args, plan, blocks, line, packed=None):
+    """Write, block by block, what a file of enhance/ makes, then finish.
+
+    `blocks(finished)` yields (l, {name: tensor}, note) of each block that is not finished;
+    finished(l) is the state dict of one that an earlier run finished, or None. line(note):
+    what is said of a block. packed: as for `finish`.
+    """
+    progress = Progress(args.quiet).listen()
+    watch = Stopwatch()
+    L = task.ckpt.cfg.n_layers
+    with open_writer(task, args.overwrite) as writer:
+        progress.say(task.header())
+        progress.say(plan)
+        if writer.done:
+            progress.say(f"going on: {len(writer.done)} of {L} blocks are finished in "
+                         f"{task.out}.partial")
+
+        def finished(l):
+            if part_of(l) not in writer.done:
+                return None
+            return block_state(task.ckpt, l, writer.folder.load(part_of(l)), packed)
+
+        progress.begin(L - len(writer.done))
+        for l, tensors, note in blocks(finished):
+            writer.add(part_of(l), tensors, note)
+            progress.step(f"block {l}: {line(note)}")
+        notes = [writer.done[part_of(l)] for l in range(L)]
+        writer.add(part_of(L), task.ckpt.rest(L))
+        finish(task, writer, packed)
+    watch.lap(task.name)
+    end(task, {"blocks": notes}, args, progress, watch)
+
+
+def write_model(task, args, plan, train):
+    """Write what a file of enhance/ makes of the whole model at once, then finish.
+
+    train(model, folder) trains `model`, in memory, in place and yields lines to be said;
+    `folder`, a TensorFolder, keeps its states. Only low-rank factors may change.
+    """
+    progress = Progress(args.quiet).listen()
+    watch = Stopwatch()
+    L = task.ckpt.cfg.n_layers
+    with open_writer(task, args.overwrite) as writer:
+        progress.say(task.header())
+        progress.say(plan)
+        model = task.ckpt.model(task.device, task.dtype)
+        for each in train(model, writer.folder):
+            progress.say(each)
+        states = set(writer.folder.files) - {part_of(l) for l in range(L + 1)}
+        factors = {name: w.detach().to(task.ckpt.dtype).cpu()
+                   for name, w in model.state_dict().items() if ".U." in name or ".V." in name}
+        for l in range(L + 1):
+            rest = task.ckpt.rest(l)
+            writer.add(part_of(l), {name: factors.get(name, w) for name, w in rest.items()})
+        # The states were for a run that goes on.
+        writer.folder.forget(states)
+        writer.done = {part: note for part, note in writer.done.items() if part not in states}
+        finish(task, writer)
+    watch.lap(task.name)
+    end(task, {}, args, progress, watch)
+
+
+def finish(task, writer, packed=None):
+    """Add to the configuration what was done, move all into place.
+
+    packed: {"quantized": {"bits", "group"}} of factors that were written as codes.
+    """
+    raw = task.ckpt.raw
+    N, T = task.windows.shape
+    did = {"by": task.name, **task.options, "seed": task.seed,
+           "dtype": str(task.dtype)[6:],
+           "calibration": {"text": task.calib, "samples": N + len(task.held), "seqlen": T}}
+    section = {key: raw["air"][key] for key in raw["air"] if key != "quantized"}
+    section["enhanced"] = [*section.get("enhanced", []), did]
+    raw = compressed_config(dense_config(raw), section | (packed or {}))
+    copies = task.ckpt.extras()
+    if packed:                              # which transformers' classes do not unpack
+        del raw["auto_map"]
+    else:
+        copies.append(MODELING)
+    writer.finish(raw, copies)
+
+
+# ------------------------------------------------------------ the end
+def score(task, progress, watch):
+    """Evaluate the start and what was written; print and return their perplexities."""
+    if task.evaluation is None:
+        return {"ppl_before": None, "ppl_after": None}
+    windows, tokens, tokens_per_byte = task.evaluation
+    scores = []
+    for which, ckpt in (("before", task.ckpt), ("after", Checkpoint(task.out))):
+        progress.say(f"perplexity {which} …")
+        scores.append(evaluate(ckpt, windows, task.device, task.dtype))
+        warn_nonfinite(scores[-1], windows)
+        watch.lap(f"evaluate_{which}")
+    before, after = (each["ppl"] for each in scores)
+    print(f"perplexity {before:.3f} -> {after:.3f}   {task.text}, "
+          f"{windows_line(windows, tokens)}: {task.out}")
+    if tokens_per_byte:
+        print(per_byte_line(*(bits_per_byte(each, tokens_per_byte) for each in scores)))
+    return {"ppl_before": before, "ppl_after": after, "text": task.text,
+            "seqlen": windows.shape[1], "windows": len(windows)}
+
+
+def end(task, results, args, progress, watch):
+    """Evaluate, say how long it took, write --json."""
+    results = results | score(task, progress, watch)
+    stages = ", ".join(f"{stage} {s:.1f}" for stage, s in watch.seconds.items())
+    progress.say(f"{sum(watch.seconds.values()):.0f} s ({stages}), "
+                 f"peak memory {peak_memory() / 1e9:.2f} GB")
+    write_json(args.json, results | {"by": task.name, **task.options,
+                                     "seconds": watch.seconds,
+                                     "peak_rss_bytes": peak_memory()})

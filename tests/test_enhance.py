@@ -1,0 +1,571 @@
+"""enhance/: block refinement, retraining, LoRA and quantization against brute force and published algorithms."""
+import copy
+import io
+import json
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, SHARED, distance, write_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import air
+from enhance import lora as lora_file
+from enhance import quantize as quantize_file
+from enhance import refine as refine_file
+from enhance import retrain as retrain_file
+from enhance.lora import Adapter, prompt_of, tokens_of
+from enhance.quantize import gptq, output_error, quantize_factor
+from enhance.refine import Pairs, Recipe, refine_block
+from enhance.retrain import Loss
+from eval_ppl import evaluate
+from model import LowRank, rope
+from support import export
+from support.checkpoint import Checkpoint
+from support.enhance import Course, Task, balance, dense_of, learn, linear_at, rate_at
+from support.packed import WIDTHS, pack, unpack
+from support.script import InputError, run
+from support.texts import instruction_rows
+
+CPU, FP32, FP64 = torch.device("cpu"), torch.float32, torch.float64
+
+
+class Done(NamedTuple):
+    returncode: int
+    stderr: str
+
+
+def in_process(module, *arguments):
+    """A script's main() with these arguments, as `script` would run it, but here."""
+    argv, said = sys.argv, io.StringIO()
+    sys.argv = [module.__name__, *map(str, arguments)]
+    code = 0
+    try:
+        with redirect_stderr(said), redirect_stdout(io.StringIO()):
+            run(module.main)
+    except SystemExit as e:
+        code = e.code
+    finally:
+        sys.argv = argv
+    return Done(code, said.getvalue())
+
+
+FILES = {"refine": refine_file, "retrain": retrain_file, "lora": lora_file, "quantize": quantize_file}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A tiny dense checkpoint on grouped-query heads and its result at rate 0.5."""
+    folder = tmp_path_factory.mktemp("start")
+    write_checkpoint(folder / "tiny", dtype=torch.bfloat16)
+    np.save(folder / "ids.npy", np.random.RandomState(0).randint(0, 64, size=4000))
+    done = in_process(air, "--ckpt", folder / "tiny", "--rate", "0.5", "--out", folder / "small", "--text", "none",
+                      "--calib", folder / "ids.npy", "--samples", "16", "--seqlen", "16")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def made(start):
+    """(A result, what it was made of, the arguments all share.)"""
+    return start / "small", start / "tiny", ["--calib", start / "ids.npy", "--samples", "16", "--seqlen", "16"]
+
+
+def enhance(name, start, out, *more):
+    return in_process(FILES[name], "--ckpt", start, "--out", out, "--text", "none", *more)
+
+
+def enhanced(name, start, out, *more):
+    done = enhance(name, start, out, *more)
+    assert done.returncode == 0, done.stderr
+    return Checkpoint(out)
+
+
+def task_of(ckpt, windows, held=None, **options):
+    held = windows[:2] if held is None else held
+    return Task("test", ckpt, options, "ids", windows, held, "none", None, CPU, FP32, 3, "out")
+
+
+# -------------------------------------------------------------------------------- what they share
+def test_learning_rates_by_hand():
+    assert [rate_at(i, 10, 2, 0.1) for i in (0, 1)] == [0.5, 1.0] and rate_at(2, 10, 2, 0.1) == 1.0
+    assert np.isclose(rate_at(6, 10, 2, 0.1), 0.55) and rate_at(9, 10, 2, 0.1) > 0.1
+    assert [linear_at(i, 10, 2) for i in (0, 2, 6, 9)] == [0.5, 1.0, 0.5, 0.125]
+
+
+def test_balanced_factors_have_the_same_product_bit_by_bit():
+    layer = LowRank(20, 30, 7)
+    with torch.no_grad():
+        layer.V.weight.mul_(1e-4)
+        layer.U.weight[:, 3] = 0
+        layer.V.weight[3] = 0
+    U, V = layer.U.weight.detach().clone(), layer.V.weight.detach().clone()
+    balance(layer)
+    # Rank by rank, since a sum over ranks may be rounded in another order.
+    for r in range(7):
+        assert torch.equal(torch.outer(U[:, r], V[r]), torch.outer(layer.U.weight[:, r], layer.V.weight[r]))
+    lengths = layer.U.weight.norm(dim=0) / layer.V.weight.norm(dim=1)
+    assert all(0.4 < ratio < 2.5 for i, ratio in enumerate(lengths.tolist()) if i != 3)
+
+
+def test_the_dense_model_is_found_and_another_refused(made, tmp_path):
+    small, dense, _ = made
+    ckpt = Checkpoint(small)
+    assert dense_of(ckpt, None).folder == dense
+    other = write_checkpoint(tmp_path / "other", dtype=torch.bfloat16, seed=1)
+    with pytest.raises(InputError, match="weights are others"):
+        dense_of(ckpt, other)
+    wider = write_checkpoint(tmp_path / "wider", dtype=torch.bfloat16, num_hidden_layers=3)
+    with pytest.raises(InputError, match="differ beyond the ranks"):
+        dense_of(ckpt, wider)
+    moved = shutil.copytree(dense, tmp_path / "moved")
+    assert dense_of(ckpt, moved).folder == moved
+    ckpt.raw["air"]["source"]["path"] = str(tmp_path / "gone")
+    with pytest.raises(InputError, match="not there any more"):
+        dense_of(ckpt, None)
+    # A result from before it was recorded.
+    ckpt.raw["air"].pop("source")
+    with pytest.raises(InputError, match="--dense"):
+        dense_of(ckpt, None)
+
+
+@pytest.mark.parametrize("name", ("refine", "retrain", "lora", "quantize"))
+def test_bad_input_is_one_sentence_and_nothing_is_written(made, tmp_path, name):
+    small, dense, usual = made
+    for start, more, said in ((dense, (), "is dense"), (tmp_path / "none", (), "does not exist"),
+                              (small, ("--samples", "1"), "2 or more"), (small, ("--calib", "x.txt"), "x.txt"),
+                              (small, ("--out", small), "already exists")):
+        done = enhance(name, start, tmp_path / "o", *usual, *more)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "o").exists() and not (tmp_path / "o.partial").exists()
+
+
+# -------------------------------------------------------------------------------- refinement
+def recipe(block, **changes):
+    angles = tuple(each.to(FP64) for each in rope(block.cfg, 16))
+    usual = {"epochs": 3, "lr": 1e-3, "weight_decay": 0.01, "batch": 4, "error": "squared"}
+    return Recipe(**usual | changes, angles=angles, dtype=FP32, stored=FP64)
+
+
+def test_the_gradient_of_a_blocks_error_equals_finite_differences(made):
+    small, dense, _ = made
+    block = Checkpoint(small).block(0, CPU, FP64).requires_grad_(True)
+    whole = Checkpoint(dense).block(0, CPU, FP64)
+    x = torch.randn(3, 16, 32, dtype=FP64, generator=torch.Generator().manual_seed(0))
+    for error in ("squared", "relative"):
+        how = recipe(block, error=error)
+        y = whole(x + 0.1, how.angles)
+        # By hand: a sum over tokens and channels, each token over its own energy or not.
+        out = block(x, how.angles)
+        scale = (y**2).mean(-1, keepdim=True) if error == "relative" else torch.ones_like(y[..., :1])
+        found = how.error_of(block, x, y)
+        assert torch.isclose(found, ((out - y)**2 / scale).sum() / y.numel())
+        found.backward()
+        for name, w in block.named_parameters():
+            i = tuple(s // 2 for s in w.shape)
+            with torch.no_grad():
+                w[i] += 1e-5
+                up = how.error_of(block, x, y)
+                w[i] -= 2e-5
+                down = how.error_of(block, x, y)
+                w[i] += 1e-5
+            assert torch.isclose(w.grad[i], (up - down) / 2e-5, rtol=1e-4, atol=1e-9), name
+        block.zero_grad()
+
+
+def test_a_batch_in_parts_is_one_step_of_adamw_written_out(made, monkeypatch):
+    small, dense, _ = made
+    block = Checkpoint(small).block(0, CPU, FP32).requires_grad_(True)
+    monkeypatch.setattr(refine_file, "MICRO_BATCH", 32)             # two of three windows
+    x = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0))
+    angles = rope(block.cfg, 16)
+    y = Checkpoint(dense).block(0, CPU, FP32)(x, angles)
+    by_hand = copy.deepcopy(block)
+    balance(by_hand)
+    optimizer = torch.optim.AdamW(by_hand.parameters(), 1e-3, weight_decay=0.01)
+    (by_hand(x, angles) - y).square().mean().backward()
+    torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+    optimizer.step()
+    how = Recipe(1, 1e-3, 0.01, 8, "squared", angles, FP32, FP32)
+    found = refine_block(block, Pairs(x, y), Pairs(x, y), how, 0)
+    assert found["epoch"] == 1 and found["after"] < found["before"]
+    for (name, a), b in zip(block.named_parameters(), by_hand.parameters()):
+        assert torch.allclose(a, b, atol=1e-6), name
+
+
+def test_what_would_be_worse_is_not_kept_and_no_epoch_changes_no_bit(made, tmp_path):
+    small, _, usual = made
+    for more in (("--epochs", "0"), ("--epochs", "2", "--lr", "0.5")):
+        again = enhanced("refine", small, tmp_path / f"r{more[1]}", *usual, *more)
+        state = load_file(tmp_path / f"r{more[1]}" / "model.safetensors")
+        before = load_file(small / "model.safetensors")
+        assert state.keys() == before.keys() and all(torch.equal(state[name], before[name]) for name in state)
+        assert again.raw["air"]["enhanced"][0]["by"] == "refine"
+    files = [(tmp_path / "r0" / "model.safetensors").read_bytes(), (small / "model.safetensors").read_bytes()]
+    assert files[0] == files[1]
+
+
+def test_refinement_lowers_the_error_of_the_last_block_and_goes_on_after_a_kill(made, tmp_path):
+    small, dense, usual = made
+    more = (*usual, "--epochs", "4", "--batch", "2", "--lr", "3e-3")
+    enhanced("refine", small, tmp_path / "whole", *more, "--json", tmp_path / "r.json")
+    blocks = json.loads((tmp_path / "r.json").read_text())["blocks"]
+    assert len(blocks) == 2 and all(each["after"] < each["before"] for each in blocks)
+    # Killed after the first block, the run ends in the same file.
+    code = ("import sys; sys.argv = sys.argv[1:]; sys.path.insert(0, %r)\n"
+            "import support.enhance as shared\nfrom enhance import refine\n"
+            "add = shared.Writer.add\n"
+            "def once(self, *a):\n    add(self, *a)\n    import os; os._exit(9)\n"
+            "shared.Writer.add = once\nrefine.main()") % str(ROOT)
+    killed = subprocess.run([sys.executable, "-c", code, "refine.py", "--ckpt", small, "--out", tmp_path / "parts",
+                             "--text", "none", *map(str, more)], capture_output=True, text=True)
+    assert killed.returncode == 9 and not (tmp_path / "parts").exists()
+    done = enhance("refine", small, tmp_path / "parts", *more)
+    assert "going on: 1 of 2" in done.stderr
+    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+    other = enhance("refine", small, tmp_path / "whole", "--overwrite", *more, "--lr", "0.9")
+    assert other.returncode == 0                        # nothing of another run lies in the way
+
+
+# -------------------------------------------------------------------------------- retraining
+def naive_loss(model, windows):
+    logits = model(windows)[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def test_the_loss_and_its_gradient_are_the_whole_models_whatever_the_micro_batch(made, windows, monkeypatch):
+    small, _, _ = made
+    model = Checkpoint(small).model(CPU, FP32)
+    params = retrain_file.learning_factors(model)
+    assert len(params) == 28 and not model.lm_head.weight.requires_grad
+    naive_loss(model, windows).backward()
+    wanted = {name: w.grad.clone() for name, w in params.items()}
+    monkeypatch.setattr(retrain_file, "MICRO_BATCH", 48)
+    model.zero_grad()
+    loss = Loss(model, CPU, FP32)
+    loss.add_gradient(windows)
+    assert np.isclose(loss.mean(windows), naive_loss(model, windows).item(), rtol=1e-6)
+    assert all(distance(w.grad, wanted[name]) < 1e-5 for name, w in params.items())
+    # Hidden tokens carry none, whatever they are.
+    hidden = windows.clone()
+    hidden[:, :9] = -1 - hidden[:, :9]
+    logits = model(windows)[:, 8:-1]
+    alone = F.cross_entropy(logits.flatten(0, 1), windows[:, 9:].flatten()).item()
+    assert np.isclose(loss.mean(hidden), alone, rtol=1e-6)
+
+
+def test_a_teacher_is_a_divergence_and_none_from_itself(made, windows):
+    small, dense, _ = made
+    model = Checkpoint(small).model(CPU, FP32)
+    teacher = Checkpoint(dense).model(CPU, FP32)
+    p, q = (each(windows)[:, :-1].log_softmax(-1) for each in (teacher, model))
+    kl = (p.exp() * (p - q)).sum(-1).mean().item()
+    found = Loss(model, CPU, FP32, teacher, 0.25).mean(windows)
+    assert np.isclose(found, 0.75 * naive_loss(model, windows).item() + 0.25 * kl, rtol=1e-5)
+    assert abs(Loss(model, CPU, FP32, model, 1.0).mean(windows)) < 1e-6
+
+
+def test_the_best_by_held_out_loss_is_kept_and_patience_ends_it():
+    w = torch.nn.Parameter(torch.tensor([4.0]))
+    target, losses = 1.0, iter([9.0, 5.0, 6.0, 5.5, 4.0])
+
+    def gradient(step):
+        (w - target).square().sum().backward()
+
+    course = Course({"w": w}, {"lr": 0.5, "every": 1, "patience": 2}, FP32)
+    seen = []
+    for step, loss in learn(course, 10, gradient, lambda: next(losses), lambda step: 1.0):
+        seen.append((step, loss, w.item()))
+    assert [loss for _, loss, _ in seen] == [9.0, 5.0, 6.0, 5.5] and w.item() == seen[1][2]
+
+
+@pytest.mark.parametrize("name", ("retrain", "lora"))
+def test_training_goes_on_after_a_kill_bit_by_bit(made, tmp_path, name):
+    small, _, usual = made
+    more = (*usual, "--epochs", "4", "--batch", "3", "--every", "2", "--lr", "1e-2")
+    enhanced(name, small, tmp_path / "whole", *more)
+    assert (load_file(tmp_path / "whole" / "model.safetensors")["model.layers.0.mlp.up_proj.V.weight"]
+            != load_file(small / "model.safetensors")["model.layers.0.mlp.up_proj.V.weight"]).any()
+    code = ("import sys; sys.argv = sys.argv[1:]; sys.path.insert(0, %r)\n"
+            "import support.checkpoint as files\nfrom enhance import %s as file\n"
+            "save, left = files.TensorFolder.save, [4]\n"
+            "def once(self, *a):\n    save(self, *a)\n    left[0] -= 1\n"
+            "    if not left[0]:\n        import os; os._exit(9)\n"
+            "files.TensorFolder.save = once\nfile.main()") % (str(ROOT), name)
+    killed = subprocess.run([sys.executable, "-c", code, f"{name}.py", "--ckpt", small, "--out", tmp_path / "parts",
+                             "--text", "none", *map(str, more)], capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
+    enhanced(name, small, tmp_path / "parts", *more)
+    whole, parts = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "parts"))
+    assert whole == parts
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir())
+
+
+# -------------------------------------------------------------------------------- LoRA
+def test_an_adapter_starts_as_nothing_and_merged_it_is_the_same_function():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(12, 20, bias=True)
+    x = torch.randn(5, 12)
+    before, W = linear(x), linear.weight.detach().clone()
+    adapter = Adapter(linear, 3, 6, 0.5).eval()
+    assert torch.equal(adapter(x), before)
+    with torch.no_grad():
+        adapter.B.normal_()
+    y = adapter(x)
+    by_hand = x @ (W + 6 / 3 * adapter.B @ adapter.A).T + linear.bias
+    assert torch.allclose(y, by_hand, atol=1e-5)
+    assert torch.allclose(adapter.merged()(x), y, atol=1e-5)
+    adapter.train()
+    assert not torch.equal(adapter(x), y)               # dropout
+
+
+def test_merged_logits_are_the_adapters_and_the_base_stays_bit_for_bit(made, windows):
+    small, _, _ = made
+    model = Checkpoint(small).model(CPU, FP32)
+    before = copy.deepcopy(model.state_dict())
+    options = {"rank": 4, "alpha": 8, "dropout": 0.1, "lr": 1e-2, "batch": 2, "epochs": 2, "every": 1}
+    task = task_of(Checkpoint(small), windows, **options)
+    stages, merged = [], lora_file.merge
+
+    def watched(model, which):
+        """Before an adapter is merged: its logits, and what it is put on."""
+        adapters = {name: layer for name, layer in model.named_modules() if isinstance(layer, Adapter)}
+        assert {name.rpartition(".")[2] for name in adapters} == {which} and len(adapters) == 14
+        logits = model.eval()(windows)
+        for name, w in model.named_parameters():
+            assert w.requires_grad == name.endswith((".A", ".B"))
+        others = {name.replace(".linear", ""): w for name, w in model.state_dict().items()
+                  if name[-2:] not in (".A", ".B")}
+        done = stages[0][2] if stages else before
+        assert all(torch.equal(w, done[name]) for name, w in others.items())
+        merged(model, which)
+        assert torch.allclose(model(windows), logits, atol=1e-5)
+        stages.append((which, logits, copy.deepcopy(model.state_dict())))
+    lora_file.merge = watched
+    try:
+        torch.manual_seed(0)
+        balanced = copy.deepcopy(model)
+        balance(balanced)
+        before = balanced.state_dict()
+        losses = list(lora_file.lora(task, model))
+    finally:
+        lora_file.merge = merged
+    assert [which for which, *_ in stages] == ["U", "V"]
+    after = model.state_dict()
+    changed = {name.split(".")[-2] for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {"U", "V"} and losses[-1][2] <= losses[0][2]
+
+
+def test_prompts_and_padding_carry_no_loss_and_the_end_is_learnt():
+    class Words:
+        bos, eos = [1], {2, 7}
+
+        def encode(self, text):
+            return [ord(c) % 50 + 10 for c in text]
+    row = {"instruction": "ab", "input": "", "output": "xyz"}
+    ids = tokens_of(row, Words())
+    prompt = len(prompt_of(row)) + 1
+    assert len(ids) == 256 and all(i < 0 for i in ids[:prompt]) and -1 - ids[0] == 1
+    assert ids[prompt:prompt + 4] == [*Words().encode("xyz"), 2] and all(i == -1 for i in ids[prompt + 4:])
+    long = tokens_of(row | {"output": "x" * 500}, Words())
+    assert len(long) == 256 and long[-1] == ord("x") % 50 + 10
+
+
+def test_the_template_is_alpacas():
+    """Alpaca's own two texts, with and without an input, from its repository's README."""
+    with_input = ("Below is an instruction that describes a task, paired with an input that provides further context. "
+                  "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
+                  "### Input:\n{input}\n\n### Response:\n")
+    without = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
+               "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n")
+    rows = [{"instruction": f"Do {i}.", "input": f"in {i}" * (i % 2), "output": "o"} for i in range(10)]
+    for row in rows:
+        assert prompt_of(row) == (with_input if row["input"] else without).format(**row)
+    assert prompt_of({"instruction": "a", "output": "b"}) == without.format(instruction="a")
+
+
+def test_instructions_are_read_and_what_is_none_is_refused(made, tmp_path):
+    path = tmp_path / "rows.json"
+    for content, said in (("[", "JSON"), ("{}", "list"), ("[]", "list"), ('[{"instruction": "a"}]', "row 1"),
+                          ('[{"instruction": "a", "output": "b"}, {"instruction": 1, "output": "b"}]', "row 2"),
+                          ('[{"instruction": "a", "output": "b", "input": null}]', "row 1"), ("[3]", "row 1")):
+        path.write_text(content)
+        with pytest.raises(InputError, match=said):
+            instruction_rows(path)
+    if (SHARED / "data" / "alpaca" / "alpaca_2000.json").exists():
+        assert len(instruction_rows(SHARED / "data" / "alpaca" / "alpaca_2000.json")) == 2000
+
+
+# -------------------------------------------------------------------------------- quantization
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_every_code_survives_packing_at_every_width(bits):
+    for columns in (1, 7, 8, 9, 64, 131):
+        codes = torch.randint(2**bits, (5, columns), generator=torch.Generator().manual_seed(columns))
+        codes[0, :] = torch.arange(columns) % 2**bits
+        packed = pack(codes, bits)
+        assert packed.dtype == torch.uint8 and packed.shape == (5, -(-columns * bits // 8))
+        assert torch.equal(unpack(packed, bits, columns).long(), codes)
+    # The published order: lowest bits first.
+    assert pack(torch.tensor([[1, 2, 3, 0]]), 2).tolist() == [[0b00111001]]
+
+
+def naive_rtn(W, bits, group):
+    Q = torch.empty_like(W)
+    for i, row in enumerate(W):
+        for start in range(0, len(row), group or len(row)):
+            part = row[start:start + (group or len(row))]
+            low, high = min(part.min().item(), 0.0), max(part.max().item(), 0.0)
+            scale = (high - low) / (2**bits - 1) or 1.0
+            zero = round(-low / scale)
+            codes = ((part / scale + zero).round()).clamp(0, 2**bits - 1)
+            Q[i, start:start + len(part)] = (codes - zero) * scale
+    return Q
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("group", (0, 5, 16))
+def test_an_identity_hessian_is_rounding_to_nearest(bits, group):
+    W = torch.randn(6, 37, dtype=FP64, generator=torch.Generator().manual_seed(bits))
+    made = gptq(W, torch.eye(37), bits, group, FP64)
+    scales, zeros = (each.repeat_interleave(group or 37, 1)[:, :37] for each in made[1:])
+    Q = (made[0] - zeros) * scales
+    assert distance(Q, naive_rtn(W, bits, group)) < 1e-6
+
+
+def naive_gptq(W, H, bits, group):
+    """Frantar et al.'s algorithm as Optimal Brain Quantization in order: after each column the inverse Hessian of the
+    remaining ones by elimination; no Cholesky factor, no blocks."""
+    W, H = W.double().clone(), H.double().clone()
+    H.diagonal().add_(0.01 * H.diagonal().mean())
+    inverse = torch.linalg.inv(H)
+    Q = torch.empty_like(W)
+    n = W.shape[1]
+    for j in range(n):
+        if j == 0 or group and j % group == 0:
+            part = W[:, j:j + group] if group else W
+            low, high = part.amin(1).clamp_max(0), part.amax(1).clamp_min(0)
+            scale = (high - low) / (2**bits - 1)
+            zero = (-low / scale).round()
+        Q[:, j] = ((W[:, j] / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale
+        W[:, j:] -= torch.outer((W[:, j] - Q[:, j]) / inverse[j, j], inverse[j, j:])
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return Q
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("group", (0, 32))
+def test_gptq_equals_the_algorithm_column_by_column(bits, group, monkeypatch):
+    monkeypatch.setattr(quantize_file, "BLOCK", 16)
+    g = torch.Generator().manual_seed(bits + group)
+    X = torch.randn(400, 70, dtype=FP64, generator=g) @ torch.randn(70, 70, dtype=FP64, generator=g)
+    W = torch.randn(9, 70, dtype=FP64, generator=g)
+    H = X.T @ X
+    codes, scales, zeros = gptq(W, H, bits, group, FP64)
+    wide = (group or 70)
+    Q = (codes - zeros.repeat_interleave(wide, 1)[:, :70]) * scales.repeat_interleave(wide, 1)[:, :70]
+    assert distance(Q, naive_gptq(W, H, bits, group)) < 1e-6
+    assert output_error(W, Q, H) < output_error(W, naive_rtn(W, bits, group), H)
+    # Hessians of any scale, and inputs that are always 0.
+    again = gptq(W, 7 * H, bits, group, FP64)[0]
+    assert torch.equal(again, codes)
+    H[:, 3] = H[3] = 0
+    assert torch.isfinite(gptq(W, H, bits, group, FP64)[1]).all()
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_no_factor_is_worse_than_rounded_to_nearest(bits):
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        X = torch.randn(12, 20, generator=g) * torch.logspace(-3, 3, 20)
+        _, Q, own, nearest = quantize_factor(torch.randn(6, 20, generator=g), X.T @ X,
+                                             {"bits": bits, "group": 0, "rounding": "gptq"}, FP32)
+        assert own <= nearest
+
+
+def test_inputs_of_u_come_through_the_quantized_v(made):
+    small, _, _ = made
+    ckpt = Checkpoint(small)
+    block = ckpt.block(0, CPU, FP32)
+    h = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0))
+    seen = []
+    real = quantize_file.quantize_factor
+    quantize_file.quantize_factor = lambda W, H, *a: seen.append((W.clone(), H)) or real(W, H, *a)
+    try:
+        with torch.no_grad():
+            options = {"bits": 3, "group": 0, "rounding": "gptq"}
+            quantize_file.quantize_block(block, h, rope(ckpt.cfg, 16), options, FP32)
+    finally:
+        quantize_file.quantize_factor = real
+    norm = ckpt.block(0, CPU, FP32).input_layernorm.weight
+    x = (h / (h.square().mean(-1, keepdim=True) + ckpt.cfg.norm_eps).sqrt() * norm).flatten(0, 1)
+    assert len(seen) == 14 and distance(seen[0][1], x.T @ x) < 1e-5
+    z = x @ block.self_attn.q_proj.V.weight.T                   # by now V is the quantized one
+    assert distance(seen[7][1], z.T @ z) < 1e-5
+    old = x @ seen[0][0].T
+    assert distance(seen[7][1], old.T @ old) > 1e-3
+
+
+@pytest.mark.parametrize("bits,group", ((4, 0), (3, 16), (2, 8), (8, 0)))
+def test_a_packed_result_is_read_everywhere_and_as_small_as_the_formula(made, tmp_path, bits, group, windows):
+    small, _, usual = made
+    ckpt = enhanced("quantize", small, tmp_path / "q", *usual, "--bits", str(bits), "--group", str(group))
+    before = Checkpoint(small)
+    assert ckpt.cfg == before.cfg and set(ckpt.names) == set(before.names) and ckpt.raw["air"]["quantized"] == {
+        "bits": bits, "group": group}
+    size = 0
+    for name in before.names:
+        rows, *columns = before.tensors[name].shape
+        if ".U.weight" in name or ".V.weight" in name:
+            groups = -(-columns[0] // group) if group else 1
+            size += rows * -(-columns[0] * bits // 8) + rows * groups * (2 + 1)
+            low, high = ckpt.tensor(name).float(), before.tensor(name).float()
+            assert low.unique().numel() <= 2**bits * rows * groups and 0 < distance(low, high) < 1.2
+        else:
+            assert torch.equal(ckpt.tensor(name), before.tensor(name))
+            size += before.tensors[name].read().nbytes
+    with safe_open(tmp_path / "q" / "model.safetensors", "pt") as f:
+        assert sum(f.get_tensor(name).nbytes for name in f.keys()) == size
+    # By blocks, as the whole model, and what transformers' classes cannot unpack they are not offered.
+    whole = ckpt.model(CPU, FP32)(windows)[:, :-1].log_softmax(-1).gather(-1, windows[:, 1:, None]).mean()
+    assert np.isclose(evaluate(ckpt, windows, CPU, FP32)["nll"], -whole.item(), rtol=1e-5)
+    assert "auto_map" not in ckpt.raw and not (tmp_path / "q" / "modeling_air.py").exists()
+
+
+def test_a_packed_result_that_was_damaged_is_refused(made, tmp_path):
+    small, _, usual = made
+    enhanced("quantize", small, tmp_path / "q", *usual)
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    for section, said in (({"bits": 3, "group": 0}, "at 3 bits"), ({"bits": 5, "group": 0}, "bits"),
+                          ({"bits": 4}, "group"), ({"bits": 4, "group": -1}, "group"),
+                          ({"bits": "4", "group": 0}, "bits"), (None, "lacks|beyond")):
+        air = {key: value for key, value in config["air"].items() if key != "quantized"}
+        air |= {"quantized": section} if section else {}
+        (tmp_path / "q" / "config.json").write_text(json.dumps(config | {"air": air}))
+        with pytest.raises(InputError, match=said):
+            Checkpoint(tmp_path / "q")
+
+
+# -------------------------------------------------------------------------------- together
+def test_everything_composes_on_grouped_query_heads(made, tmp_path):
+    small, dense, usual = made
+    refined = enhanced("refine", small, tmp_path / "r", *usual, "--epochs", "1", "--batch", "4")
+    packed = enhanced("quantize", tmp_path / "r", tmp_path / "q", *usual)
+    assert [each["by"] for each in packed.raw["air"]["enhanced"]] == ["refine", "quantize"]
+    # A packed result is a start, too, and is unpacked by what trains it.
+    again = enhanced("retrain", tmp_path / "q", tmp_path / "t", *usual, "--epochs", "1")
+    assert "quantized" not in again.raw["air"] and (tmp_path / "t" / "modeling_air.py").exists()
+    adapted = enhanced("lora", small, tmp_path / "l", *usual, "--epochs", "1", "--batch", "4")
+    assert adapted.cfg == refined.cfg
+    done = in_process(export, tmp_path / "l", "--dense", tmp_path / "d")
+    assert done.returncode == 0 and Checkpoint(tmp_path / "d").cfg == Checkpoint(dense).cfg
+    packed = in_process(export, tmp_path / "q", "--dense", tmp_path / "e")
+    assert packed.returncode == 0 and Checkpoint(tmp_path / "e").dtype == torch.bfloat16
