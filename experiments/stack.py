@@ -1,0 +1,101 @@
+"""What tables 5, 6 and 14 share: a compressed model in memory, and what is done to it after.
+
+A step is ("refine" | "lora" | "retrain" | "quantize", its options); a chain of them is
+measured once and kept, as every other cell.
+"""
+import copy
+
+from enhance.lora import lora
+from enhance.quantize import quantize
+from enhance.refine import refine
+from enhance.retrain import retrain
+from eval_ppl import evaluate
+from experiments.common import compress, options_of
+from support.checkpoint import in_memory
+from support.enhance import HELD, Task
+from support.packed import PARTS, unpacked
+
+FILES = {name: f"enhance/{name}.py" for name in ("refine", "lora", "retrain", "quantize")}
+# What each step runs with on few windows; where it differs from the file's default, which
+# is its source's, the table says so.
+RECIPES = {
+    "refine": {"epochs": 10, "lr": 1e-3, "weight_decay": 0.01, "batch": 4, "error": "squared"},
+    "lora": {"epochs": 6, "lr": 1e-3, "batch": 8, "every": 7, "rank": 8, "alpha": 16,
+             "dropout": 0.05},
+    "retrain": {"epochs": 5, "lr": 1e-4, "batch": 4, "every": 7, "patience": 5, "weight": 0.0},
+    "quantize": {"bits": 4, "group": 0, "rounding": "gptq"},
+}
+
+
+# ------------------------------------------------------------ a step, in memory
+def block_tensors(start, l, tensors, options):
+    """{name: weight} of block l that a step yielded; codes are turned back."""
+    found = dict(tensors)
+    for name in start.names:
+        if name + PARTS[0] in tensors:
+            parts = [found.pop(name + part) for part in PARTS]
+            columns = start.tensors[name].shape[1]
+            found[name] = unpacked(parts, options["bits"], options["group"], columns)
+    return found
+
+
+def by_block(task, blocks):
+    """The Checkpoint after a step that yields blocks (l, {name: tensor}, note)."""
+    made = {}
+    for l, tensors, _ in blocks:
+        made |= block_tensors(task.ckpt, l, tensors, task.options)
+    return made
+
+
+def whole_model(task, train):
+    """The Checkpoint's factors after `train`(task, model), which yields losses."""
+    model = task.ckpt.model(task.device, task.dtype)
+    for _ in train(task, model):
+        pass
+    state = model.state_dict()
+    return {name: state[name].to(task.ckpt.dtype).cpu() for name in task.ckpt.names
+            if ".U.weight" in name or ".V.weight" in name}
+
+
+def stacked(lab, start, step, windows, seed):
+    """The Checkpoint that `step` makes of `start`, which stay in memory."""
+    name, options = step
+    n = max(1, len(windows) // HELD)
+    task = Task(name, start, RECIPES[name] | options, lab.calib, windows[:-n], windows[-n:],
+                "none", None, lab.device, lab.dtype, seed, "")
+    if name == "refine":
+        made = by_block(task, refine(task, lab.ckpt, lambda l: None))
+    elif name == "quantize":
+        made = by_block(task, quantize(task, lambda l: None))
+    else:
+        made = whole_model(task, {"lora": lora, "retrain": retrain}[name])
+    after = copy.copy(start)
+    after.tensors = start.tensors | in_memory(made)
+    return after
+
+
+# ------------------------------------------------------------ measurements
+def chain(lab, setting, steps, seed):
+    """Perplexity on the first text after `steps` on a setting's result at a seed."""
+    job = lab.job(setting, seed)
+    files = ["support/enhance.py", "support/packed.py", *(FILES[name] for name, _ in steps)]
+    done = [[name, RECIPES[name] | options] for name, options in steps]
+
+    def compute():
+        options = options_of(setting)
+        sweep = lab.sweep(options, job.windows)
+        small, _ = compress(lab.ckpt, sweep, lab.ranks(job, options), options, lab.device)
+        for step in steps:
+            small = stacked(lab, small, step, job.windows, seed)
+        return evaluate(small, lab.evaluation("text"), lab.device, lab.dtype)["ppl"]
+    return lab.cell({"job": job.key, "steps": done, "seed": seed}, compute, *files)
+
+
+def measure(lab, settings, stacks):
+    """{name of a stack: rows}, a row a setting with "ppl" [one a seed]; stacks {name: steps}."""
+    found = []
+    for setting in settings:
+        for name, steps in stacks.items():
+            ppl = [chain(lab, setting, steps, seed) for seed in lab.seeds]
+            found.append(setting | {"stack": name, "ppl": {"text": ppl}})
+    return found
