@@ -28,6 +28,7 @@ from influence import SIGNALS, backward_sweep, check_signal, start_gradient
 from model import LAYERS, READS
 from support import fast, large, report
 from support import ranks as by_measurement
+from support.anchored import anchored_sweep
 from support.checkpoint import Checkpoint, Writer, part_of, result_bytes
 from support.progress import Progress, Stopwatch
 from support.script import (InputError, check_apart, check_writable, code_digest, parser,
@@ -265,6 +266,18 @@ def kfac(W, S, L, k):
     return U, V, sigma
 
 
+def aasvd(W, S, C, k):
+    """Not in the paper: the optimum of ‖WX − UVX̂‖², W's outputs on the dense model's inputs
+    X from those of the compressed one, X̂.
+
+    S (n, n): S Sᵀ = ΣX̂X̂ᵀ; C (n, n) = ΣXX̂ᵀ, both with their ridge. With X̂ = X it is
+    SVD-LLM(W). Source: AA-SVD (Sinha and Fleuret, 2026).
+    """
+    # ‖WX − UVX̂‖² = ‖WCS⁻ᵀ − UVS‖² + what no UV changes   (m, n)
+    Wp = torch.linalg.solve_triangular(S.T, W.to(C.dtype) @ C, upper=True, left=False)
+    return native_factors(*truncated_svd(Wp.to(W.dtype), k), S)
+
+
 def square_root(S):
     """Of a factor S (n, n) fp64: (S Sᵀ)^½, its own transpose, and its inverse, fp64."""
     energy, Q = torch.linalg.eigh(S @ S.T)
@@ -334,11 +347,19 @@ class Inputs:
     gram: torch.Tensor | None           # ΣXXᵀ (n, n) fp64
     mean_abs: torch.Tensor | None       # mean of |x| (n,) fp64
     ridge: float                        # share of ΣXXᵀ's own diagonal to be added
+    cross: torch.Tensor | None = None   # AA-SVD's ΣXX̂ᵀ (n, n) fp64; `gram` is then ΣX̂X̂ᵀ
 
     @cached_property
     def profiled(self):
         """(S, shift) of Eq. 1, for the methods that ask."""
         return profile(self.gram, self.ridge)
+
+    @property
+    def anchor(self):
+        """ΣXX̂ᵀ with the ridge of ΣX̂X̂ᵀ, so that it draws UV to W, not to 0."""
+        anchor = self.cross.clone()
+        anchor.diagonal().add_(self.profiled[1] * own_energies(self.gram))
+        return anchor
 
     @property
     def repair(self):
@@ -385,7 +406,8 @@ def inputs_of(reader, name, stats, ridge):
     gram = stats.get(f"{name}.gram")
     if ridge is None:
         ridge = 0.0 if gram is None else default_ridge(len(gram), stats[f"{name}.tokens"].item())
-    return Inputs(reader, gram, stats.get(f"{name}.mean_abs"), ridge)
+    return Inputs(reader, gram, stats.get(f"{name}.mean_abs"), ridge,
+                  stats.get(f"{name}.cross"))
 
 
 def layers_of(ckpt, l, stats, ranks, device, ridge=None):
@@ -405,7 +427,7 @@ class Method(NamedTuple):
     """How a weight becomes two factors."""
 
     factors: Callable           # (Layer, Options) -> U (m, k), V (k, n), and air's Losses
-    reads: str       # of the statistics: "influence", one of SIGNALS, "inputs", "nothing"
+    reads: str       # of statistics: "influence", one of SIGNALS, "inputs", "streams", "nothing"
 
 
 METHODS = {
@@ -427,6 +449,7 @@ METHODS = {
                           blended(x.collected["B.gfwsvd"]),
                           x.k)[:2],
         "gfwsvd"),
+    "aasvd": Method(lambda x, o: aasvd(x.W, x.S, x.inputs.anchor, x.k), "streams"),
 }
 
 
@@ -518,8 +541,11 @@ def compress_block(ckpt, l, stats, ranks, options, device):
     start = time.time()
     for layer in layers_of(ckpt, l, stats, ranks, device, options.ridge):
         U, V, losses = solve(layer, options)
-        tensors = {layer.name + ".U.weight": U.to(ckpt.dtype).cpu(),
-                   layer.name + ".V.weight": V.to(ckpt.dtype).cpu()}
+        U = U.to(ckpt.dtype)
+        V = V.to(ckpt.dtype)
+        tensors = {layer.name + ".U.weight": U.cpu(), layer.name + ".V.weight": V.cpu()}
+        if layer.inputs.cross is not None:              # the layers behind it see it
+            stats.replace(layer.name.removeprefix(f"model.layers.{l}."), U, V)
         if layer.name + ".bias" in ckpt.tensors:
             tensors[layer.name + ".U.bias"] = ckpt.tensor(layer.name + ".bias")
         # A repair of ΣXXᵀ is told once an input, with the first layer that reads it.
@@ -675,6 +701,10 @@ def prepare(args):
     check_apart(out, stats=args.stats, spill=args.spill, json=args.json)
     device = large.start_processes(device)
     world = large.processes()[1]
+    if METHODS[args.method].reads == "streams" and (args.stats or args.spill or world > 1):
+        raise InputError(f"--method {args.method} collects its statistics behind what it has "
+                         "decomposed by then; expected one process, without --stats and "
+                         "--spill")
     if 0 < len(windows) < world:
         raise InputError(f"{len(windows)} windows cannot be divided among {world} "
                          "processes; expected one for each at least")
@@ -688,6 +718,10 @@ def make_plan(job, need):
     shape = job.windows.shape
     plan = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, signal)
     plan.seconds["solve"] *= max(1, job.options.sweeps)
+    if METHODS[job.options.method].reads == "streams":
+        # Two streams, each through its block once for every input and once to go on.
+        plan.inputs *= 2
+        plan.seconds["forward sweep"] *= 10
     if job.options.ranks == "auto":
         # One sweep and one solve more, and the factors at rate 1, which are held.
         plan.add(large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, "kfac"))
@@ -713,8 +747,11 @@ def sweep_of(job, blocks, signal):
 
 def own_sweep(job, blocks):
     """What the method reads of `blocks`."""
-    if METHODS[job.options.method].reads == "nothing":
+    reads = METHODS[job.options.method].reads
+    if reads == "nothing":
         return ((l, {}) for l in blocks)
+    if reads == "streams":
+        return anchored_sweep(job.ckpt, job.windows, job.device, job.dtype, blocks)
     return sweep_of(job, blocks, job.options.backward)
 
 

@@ -26,6 +26,7 @@ from eval_ppl import evaluate, evaluation_windows, last_states, warn_nonfinite
 from experiments.report import (RESULTS, block, claims, mean_spread, number, pyplot,
                                 refresh)
 from influence import check_signal
+from support.anchored import anchored_sweep
 from support.checkpoint import Checkpoint, in_memory
 from support.config import own_defaults
 from support.large import SWEEPS, Kept
@@ -285,8 +286,11 @@ class Lab:
 
     def sweep(self, options, windows):
         """What a method reads; one without a backward signal shares lrp's statistics."""
+        every = range(self.ckpt.cfg.n_layers)
         if reads_nothing(options):
-            return ((l, {}) for l in range(self.ckpt.cfg.n_layers))
+            return ((l, {}) for l in every)
+        if METHODS[options.method].reads == "streams":
+            return anchored_sweep(self.ckpt, windows, self.device, self.dtype, every)
         return self.statistics(windows, options.backward or "lrp")
 
     def forget(self, windows):
@@ -360,6 +364,8 @@ class Lab:
         files = [source_of(options)]
         if options.ranks == "auto":
             files.append("support/ranks.py")
+        if METHODS[options.method].reads == "streams":
+            files.append("support/anchored.py")
         return Job(setting, seed, windows, self.key(facts, *files))
 
     def jobs(self, settings):

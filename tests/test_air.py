@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import air as A
-from conftest import distance
-from model import LAYERS
+from conftest import distance, script
+from model import LAYERS, READS
 from support.checkpoint import Checkpoint
 
 
@@ -402,3 +402,67 @@ def test_the_two_sided_methods_run_on_a_models_own_statistics(tiny, windows):
                     B = layer.L @ layer.L.T
                 losses = [two_sided_loss((layer.W - U @ V).double(), A_, B) for U, V in (own, base)]
                 assert losses[0] <= losses[1] * (1 + 1e-4), layer.name
+
+
+# -------------------------------------------------------------------------------- two streams
+def test_the_anchored_form_is_the_least_squares_optimum_over_both_streams():
+    """Against alternating least squares on the tokens themselves, in float64."""
+    g = torch.Generator().manual_seed(0)
+    X, noise = (torch.randn(8, 300, dtype=torch.float64, generator=g) for _ in range(2))
+    X_hat = X + 0.5 * noise
+    W = torch.randn(6, 8, dtype=torch.float64, generator=g)
+    S, _ = A.profile(X_hat @ X_hat.T)
+    U, V = A.aasvd(W, S, X @ X_hat.T, 3)
+    found = (W @ X - U @ V @ X_hat).square().sum()
+    P = torch.randn(6, 3, dtype=torch.float64, generator=g)
+    for _ in range(500):                                    # Y ≈ P B X̂, one factor at a time
+        B = torch.linalg.lstsq(P, W @ X).solution @ torch.linalg.pinv(X_hat)
+        P = torch.linalg.lstsq((B @ X_hat).T, (W @ X).T).solution.T
+    best = (W @ X - P @ B @ X_hat).square().sum()
+    assert torch.isclose(found, best, rtol=1e-6)
+    ours = A.svdllm(W, S, 3)
+    assert (W @ X - ours[0] @ ours[1] @ X_hat).square().sum() > found * 1.001
+    # With one stream, ridge or none, it is SVD-LLM(W).
+    for ridge in (0.0, 0.3):
+        x = A.Inputs("", X @ X.T, None, ridge, X @ X.T)
+        one, other = A.aasvd(W, x.profiled[0], x.anchor, 3), A.svdllm(W, x.profiled[0], 3)
+        assert distance(one[0] @ one[1], other[0] @ other[1]) < 1e-9
+
+
+def test_both_streams_are_collected_behind_what_is_decomposed(tiny, windows, tmp_path):
+    """Every ΣX̂X̂ᵀ and ΣXX̂ᵀ against two whole models, the second's layers replaced one group at a time."""
+    ckpt = Checkpoint(tiny)
+    whole, small = ckpt.model(), ckpt.model()
+    ranks = A.pick_ranks(ckpt, range(2), 0.5)
+    options = A.Options("aasvd", ridge=0.0)
+    seen = {}
+
+    def inputs(model, name):
+        module = model.get_submodule(name)
+        hook = module.register_forward_pre_hook(lambda _, args: seen.update({name: args[0].flatten(0, 1).double()}))
+        with torch.no_grad():
+            model(windows)
+        hook.remove()
+        return seen[name]
+    for l, stats in A.anchored_sweep(ckpt, windows, torch.device("cpu"), torch.float32, range(2)):
+        for solved in A.compress_block(ckpt, l, stats, ranks, options, torch.device("cpu")):
+            short = solved.layer.removeprefix(f"model.layers.{l}.")
+            if READS[short] == short:
+                x, x_hat = inputs(whole, solved.layer), inputs(small, solved.layer)
+                assert distance(stats[f"{short}.gram"], x_hat.T @ x_hat) < 1e-5, solved.layer
+                assert distance(stats[f"{short}.cross"], x.T @ x_hat) < 1e-5, solved.layer
+            U, V = (solved.tensors[f"{solved.layer}.{which}.weight"] for which in "UV")
+            small.get_submodule(solved.layer).weight.data = U @ V
+    for more in (("--stats", tmp_path / "s"), ("--spill", tmp_path / "s")):
+        np.save(tmp_path / "w.npy", windows.numpy())
+        done = script("air", "--ckpt", tiny, "--method", "aasvd", "--out", tmp_path / "o", *more,
+                      "--calib", tmp_path / "w.npy", "--text", "none")
+        assert done.returncode == 2 and "without --stats and --spill" in done.stderr
+    done = script("air", "--ckpt", tiny, "--method", "aasvd", "--out", tmp_path / "o", "--calib", tmp_path / "w.npy",
+                  "--text", "none", "--ridge", "0", "--rate", "0.5")
+    assert done.returncode == 0, done.stderr
+    written = Checkpoint(tmp_path / "o")
+    for name, w in small.state_dict().items():
+        if name.endswith("proj.weight"):
+            U, V = (written.tensor(name.replace("weight", f"{which}.weight")) for which in "UV")
+            assert distance(U @ V, w) < 1e-3

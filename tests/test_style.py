@@ -30,6 +30,7 @@ ORDER = [
     "support.report",
     "support.export",
     "generate",
+    "support.anchored",
     "air",
     "support.enhance",
     "enhance.refine",

@@ -1,0 +1,82 @@
+"""What AA-SVD (air.py --method aasvd) reads: both streams' inputs, collected as a block is
+decomposed.
+
+Not in the paper. Each weight is anchored to what the dense model's stream X gives, and reads
+the stream X̂ of the model that is compressed up to there: q, k and v first, then o behind
+them, then gate and up, then down, each with fresh statistics. Source: Sinha and Fleuret, 2026.
+"""
+import copy
+
+import torch
+
+from calibrate import add, block_forward, embed, recording
+from model import INPUTS, PLAIN, LowRank, rope, wide
+from support.progress import told
+
+
+class Streams(dict):
+    """The statistics of one block; those of an input are collected when they are first asked
+    for, behind the layers that have been replaced by then.
+
+    dense, small (N, T, dim): both streams before the block, in the host's memory.
+    """
+
+    def __init__(self, block, dense, small, angles):
+        super().__init__()
+        self.block = block
+        self.compressed = copy.deepcopy(block)
+        self.dense = dense
+        self.small = small
+        self.angles = angles
+
+    def get(self, key, default=None):
+        reader = key.removesuffix(".gram")
+        if reader in INPUTS and key not in self:
+            self.collect(reader)
+        return super().get(key, default)
+
+    @torch.no_grad()
+    def collect(self, reader):
+        """ΣX̂X̂ᵀ, ΣXX̂ᵀ and the tokens of one input; products in fp32, sums in fp64."""
+        batch = max(1, 1024 // self.dense.shape[1])                 # about a thousand tokens
+        for i in range(0, len(self.dense), batch):
+            x = self.inputs(self.block, self.dense[i:i + batch], reader)
+            x_hat = self.inputs(self.compressed, self.small[i:i + batch], reader)
+            add(self, f"{reader}.gram", x_hat.T @ x_hat)
+            add(self, f"{reader}.cross", x.T @ x_hat)
+            add(self, f"{reader}.tokens", torch.tensor(float(len(x)), device=x.device))
+        if not torch.isfinite(self[f"{reader}.gram"]).all():
+            raise RuntimeError(f"the inputs of {reader} are not finite: activations "
+                               "overflowed; use bfloat16 or float32")
+
+    def inputs(self, block, h, reader):
+        """What layer `reader` of a block reads, h (B, T, dim) being the block's input."""
+        seen = {}
+        block(h.to(self.angles[0].device), self.angles, recording(PLAIN, seen))
+        return wide(seen[block.get_submodule(reader)]).flatten(0, -2)       # (tokens, n)
+
+    @torch.no_grad()
+    def replace(self, name, U, V):
+        """Put factors U (m, k), V (k, n) in place of layer `name` of the compressed block."""
+        whole = self.compressed.get_submodule(name)
+        layer = LowRank(V.shape[1], U.shape[0], len(V), whole.bias is not None)
+        layer.to(whole.weight)                                  # its device and dtype
+        layer.U.weight.copy_(U)
+        layer.V.weight.copy_(V)
+        if whole.bias is not None:
+            layer.U.bias.copy_(whole.bias)
+        self.compressed.set_submodule(name, layer)
+
+
+@torch.no_grad()
+def anchored_sweep(ckpt, windows, device, dtype, blocks):
+    """Yield (l, Streams) of every block in `blocks`, whose layers the caller replaces."""
+    dense = embed(ckpt, windows, dtype)
+    small = dense.clone()
+    angles = rope(ckpt.cfg, windows.shape[1], device)
+    for l in told("block", range(max(blocks) + 1)):
+        stats = Streams(ckpt.block(l, device, dtype), dense, small, angles)
+        if l in blocks:
+            yield l, stats
+        block_forward(stats.block, dense, dense, angles, gram=False)
+        block_forward(stats.compressed, small, small, angles, gram=False)
