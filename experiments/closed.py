@@ -8,12 +8,14 @@ two metrics (`--method kfac`, `gfwsvd`), AIR's sweep on top (`kfac-air`), measur
 
 All with air.py's default ridge. Writes experiments/results/closed-NAME.json.
 """
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from experiments import report
 from experiments.common import Lab, setup_of
-from experiments.report import compare, drawn, find, mean_spread, percent, show, table
+from experiments.report import compare, drawn, mean_spread, percent, show, table
 from support.script import run
 
 RATES = (0.8, 0.6, 0.4)
@@ -40,22 +42,48 @@ def setting_of(name, rate):
 
 
 def ppl(result, name, rate):
-    return find(result["rows"], variant=name, rate=rate)["ppl"]["text"]
+    """One figure a seed; None where it was not measured."""
+    for row in result["rows"]:
+        if row["variant"] == name and row["rate"] == rate:
+            return row["ppl"]["text"]
+    return None
+
+
+def cells(result, name, rate):
+    """Perplexity, and what it is against SVD-LLM(W)'s over the same seeds."""
+    found = ppl(result, name, rate)
+    base = ppl(result, "SVD-LLM(W)", rate)
+    if found is None or base is None:
+        return ["–", ""]
+    if name == "SVD-LLM(W)" or len(found) not in (1, len(base)):
+        return [show(found), ""]
+    return [show(found), percent(compare(found, base))]
 
 
 def markdown(result):
-    """Perplexity, and what it is against SVD-LLM(W)'s, a pair of columns a rate."""
+    """A pair of columns a rate."""
     lines = [["dense", f"{result['dense']:.2f}", *[""] * (2 * len(RATES) - 1)]]
     for name in FORMS:
-        line = [name]
-        for rate in RATES:
-            base = ppl(result, "SVD-LLM(W)", rate)
-            line.append(show(ppl(result, name, rate)))
-            gap = percent(compare(ppl(result, name, rate), base))
-            line.append("" if name == "SVD-LLM(W)" else gap)
-        lines.append(line)
+        pairs = [cells(result, name, rate) for rate in RATES]
+        lines.append([name, *(each for pair in pairs for each in pair)])
     heads = [head for rate in RATES for head in (f"{rate:g}", "against SVD-LLM(W)")]
     return table(["", *heads], lines)
+
+
+def side_by_side(results):
+    """The README's table: the closed forms on both models, as far as they were measured."""
+    found = {}
+    for model in ("smollm2", "demo"):
+        path = results / f"closed-{model}.json"
+        found[model] = json.loads(path.read_text("utf-8")) if path.exists() else None
+    columns = [(result, rate) for result in found.values() if result for rate in RATES]
+    names = [report.MODELS[model] for model, result in found.items() if result]
+    heads = [f"{name}, {rate:g}" for name in names for rate in RATES]
+    lines = [["dense", *(f"{result['dense']:.2f}" for result, _ in columns)]]
+    for name in FORMS:
+        if name not in ("GFWSVD", "two-sided, AIR's sweep, measured ranks"):
+            lines.append([name, *(cells(result, name, rate)[0] for result, rate in columns)])
+    return report.table(["kept", *heads], lines)
 
 
 def verdicts(result):
@@ -67,8 +95,10 @@ def picture(plt, result):
     """Perplexity against rate."""
     figure, ax = plt.subplots(figsize=(7, 4.5))
     for name, (_, colour, marker) in FORMS.items():
-        points = [mean_spread(ppl(result, name, rate)) for rate in RATES]
-        drawn(ax, RATES, points, colour, marker=marker, label=name, linewidth=1)
+        rates = [rate for rate in RATES if ppl(result, name, rate)]
+        points = [mean_spread(ppl(result, name, rate)) for rate in rates]
+        if rates:
+            drawn(ax, rates, points, colour, marker=marker, label=name, linewidth=1)
     ax.axhline(result["dense"], color="black", linewidth=1, linestyle=":", label="dense")
     ax.set(xlabel="rate: fraction of the parameters kept", ylabel="perplexity",
            yscale="log", title=result["checkpoint"])
@@ -80,7 +110,10 @@ def picture(plt, result):
 def main():
     lab = Lab("closed", setup_of(__doc__))
     rows = lab.measure([setting_of(name, rate) for name in FORMS for rate in RATES])
-    lab.finish(sys.modules[__name__], {"dense": lab.dense("text"), "rows": rows}, picture)
+    result = {"dense": lab.dense("text"), "rows": rows}
+    lab.finish(sys.modules[__name__], result, picture)
+    if lab.results.resolve() == report.RESULTS:
+        report.refresh("models", side_by_side(lab.results))
 
 
 if __name__ == "__main__":
