@@ -21,7 +21,7 @@ from model import LowRank, rope
 from support.enhance import advance, arguments, make_plan, prepare, weights_of, write_blocks
 from support.packed import WIDTHS, dequantize, grid_of, packed_tensors
 from support.progress import told
-from support.script import InputError, run
+from support.script import run
 
 DAMP = 0.01             # of the Hessian's mean diagonal, added to it (GPTQ's)
 BLOCK = 128             # columns whose errors are gathered before they are moved on (GPTQ's)
@@ -183,8 +183,6 @@ def main():
     p.add_argument("--rounding", choices=("gptq", "rtn"), default="gptq",
                    help="(default gptq)")
     args = p.parse_args()
-    if args.group < 0:
-        raise InputError(f"--group is {args.group}; expected 0, or columns that share a grid")
     grid = {"bits": args.bits, "group": args.group}
     task = prepare("quantize", args, grid | {"rounding": args.rounding})
     write_blocks(task, args, plan(task), lambda finished: quantize(task, finished), line,

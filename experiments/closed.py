@@ -35,6 +35,9 @@ FORMS = {
     "two-sided, AIR's sweep, measured ranks": (
         {"method": "kfac-air", "delta": 0.5, "ranks": "auto"}, "olive", "X"),
 }
+# Not in the README's table.
+BESIDE = ("GFWSVD", "two-sided", "SVD-LLM(W), measured ranks",
+          "two-sided, AIR's sweep, measured ranks")
 
 
 def setting_of(name, rate):
@@ -72,18 +75,17 @@ def markdown(result):
 
 def side_by_side(results):
     """The README's table: the closed forms on both models, as far as they were measured."""
-    found = {}
+    lines = []
+    names = [name for name in FORMS if name not in BESIDE]
     for model in ("smollm2", "demo"):
         path = results / f"closed-{model}.json"
-        found[model] = json.loads(path.read_text("utf-8")) if path.exists() else None
-    columns = [(result, rate) for result in found.values() if result for rate in RATES]
-    names = [report.MODELS[model] for model, result in found.items() if result]
-    heads = [f"{name}, {rate:g}" for name in names for rate in RATES]
-    lines = [["dense", *(f"{result['dense']:.2f}" for result, _ in columns)]]
-    for name in FORMS:
-        if name not in ("GFWSVD", "two-sided, AIR's sweep, measured ranks"):
-            lines.append([name, *(cells(result, name, rate)[0] for result, rate in columns)])
-    return report.table(["kept", *heads], lines)
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text("utf-8"))
+        for rate in RATES:
+            found = [cells(result, name, rate)[0] for name in names]
+            lines.append([report.MODELS[model], f"{rate:g}", f"{result['dense']:.2f}", *found])
+    return report.table(["", "kept", "dense", *names], lines)
 
 
 def verdicts(result):

@@ -14,12 +14,16 @@ from support.checkpoint import Checkpoint, Writer, part_of, result_bytes
 from support.config import MODELING, compressed_config, dense_config
 from support.large import machine_rates
 from support.packed import PARTS, unpacked
-from support.progress import Progress, Stopwatch
+from support.progress import Progress, Stopwatch, told
 from support.script import (InputError, check_apart, check_writable, code_digest,
                             free_bytes, parser, peak_memory, pick_device, write_json)
 from support.texts import digest, with_defaults
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")        # what AdamW keeps of a parameter
+# {option: (the least, the most)} of what enhance/ takes.
+BOUNDS = {"epochs": (0, 10**6), "batch": (1, 10**6), "every": (1, 10**6),
+          "patience": (0, 10**6), "rank": (1, 10**5), "group": (0, 10**6), "lr": (1e-12, 1),
+          "weight_decay": (0, 1), "weight": (0, 1), "dropout": (0, 0.99), "alpha": (0, 1e6)}
 HELD = 8        # one window in so many is held out: what is kept is best on these
 
 
@@ -32,8 +36,8 @@ def arguments(doc):
             action.default = None
             action.required = True
             action.help = "the result to start from, a folder that air.py or enhance/ wrote"
-    p.add_argument("--dense", help="the dense checkpoint that it was made of (default: "
-                   "where the result says it was)")
+    p.add_argument("--dense", help="the dense checkpoint that it was made of, where that is "
+                   "read (default: where the result says it was)")
     add_calibration_arguments(p)
     p.add_argument("--text", help="evaluation text, or none (default: the test part of the "
                    "--calib text)")
@@ -110,6 +114,10 @@ def prepare(name, args, options, instructions=None):
     instructions(path, ckpt) -> (N, T) reads --calib where that is a .json file.
     """
     check_writable(args.json)
+    for key, (least, most) in BOUNDS.items():
+        if not least <= options.get(key, least) <= most:
+            raise InputError(f"--{key.replace('_', '-')} is {options[key]}; expected {least:g} "
+                             f"to {most:g}")
     ckpt = Checkpoint(args.ckpt)
     if not ckpt.cfg.ranks:
         raise InputError(f"{args.ckpt} is dense; point --ckpt at a result of air.py")
@@ -296,9 +304,11 @@ def learn(course, steps, gradient, held_loss, share):
     if not course.log:
         course.judge(held_loss)
     yield course.log[-1]
-    while course.step < steps and not 0 < course.patience <= course.since_best:
-        gradient(course.step)
-        course.update(share(course.step))
+    for step in told("steps", range(course.step, steps)):
+        if 0 < course.patience <= course.since_best:
+            break
+        gradient(step)
+        course.update(share(step))
         if course.step % course.every == 0 or course.step == steps:
             course.judge(held_loss)
             yield course.log[-1]
@@ -339,8 +349,9 @@ def write_blocks(task, args, plan, blocks, line, packed=None):
     with open_writer(task, args.overwrite) as writer:
         progress.say(task.header())
         progress.say(plan)
-        if writer.done:
-            progress.say(f"going on: {len(writer.done)} of {L} blocks are finished in "
+        left = [l for l in range(L) if part_of(l) not in writer.done]
+        if len(left) < L:
+            progress.say(f"going on: {L - len(left)} of {L} blocks are finished in "
                          f"{task.out}.partial")
 
         def finished(l):
@@ -348,7 +359,7 @@ def write_blocks(task, args, plan, blocks, line, packed=None):
                 return None
             return block_state(task.ckpt, l, writer.folder.load(part_of(l)), packed)
 
-        progress.begin(L - len(writer.done))
+        progress.begin(len(left))
         for l, tensors, note in blocks(finished):
             writer.add(part_of(l), tensors, note)
             progress.step(f"block {l}: {line(note)}")

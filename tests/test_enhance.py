@@ -147,6 +147,17 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(made, tmp_path, name):
     assert not (tmp_path / "o").exists() and not (tmp_path / "o.partial").exists()
 
 
+def test_options_out_of_bounds_are_refused(made, tmp_path):
+    small, dense, usual = made
+    done = enhance("retrain", small, tmp_path / "o", *usual, "--teacher", dense, "--weight", "2")
+    assert done.returncode == 2 and "--weight is 2.0; expected 0 to 1" in done.stderr
+    for name, option, value in (("refine", "--epochs", -1), ("refine", "--lr", 0), ("refine", "--batch", 0),
+                                ("retrain", "--every", 0), ("lora", "--rank", 0),
+                                ("lora", "--dropout", 1), ("quantize", "--group", -4), ("retrain", "--lr", "nan")):
+        done = enhance(name, small, tmp_path / "o", *usual, option, value)
+        assert done.returncode == 2 and f"{option} is" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 # -------------------------------------------------------------------------------- refinement
 def recipe(block, **changes):
     angles = tuple(each.to(FP64) for each in rope(block.cfg, 16))
