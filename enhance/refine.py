@@ -11,7 +11,7 @@ Shapes: N windows, T tokens a window, dim the width of the streams.
 """
 import copy
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from calibrate import embed
-from model import rope, wide
+from model import LowRank, rope, wide
 from support.enhance import (advance, arguments, balance, dense_of, make_plan, prepare, products,
                              rate_at, weights_of, write_blocks)
 from support.progress import told
@@ -73,8 +73,7 @@ class Recipe:
 
     def rounded(self, block):
         """{name: tensor} of the block as it will be stored."""
-        return {name: w.detach().to(self.stored).clone()
-                for name, w in block.state_dict().items()}
+        return {name: w.detach().to(self.stored).clone() for name, w in block.state_dict().items()}
 
 
 def micro_batches(pairs):
@@ -149,7 +148,10 @@ def refine(task, dense, finished):
         state = finished(l)
         if state is None:
             block.requires_grad_(True)
-            found = refine_block(block, Pairs(x[:n], y[:n]), Pairs(x[n:], y[n:]), recipe,
+            # A block that was left dense stays as it is.
+            low_rank = any(isinstance(layer, LowRank) for layer in block.modules())
+            own = recipe if low_rank else replace(recipe, epochs=0)
+            found = refine_block(block, Pairs(x[:n], y[:n]), Pairs(x[n:], y[n:]), own,
                                  task.seed + l)
             state = recipe.rounded(block)
             yield l, {f"model.layers.{l}.{name}": w for name, w in state.items()}, found
@@ -182,12 +184,10 @@ def line(found):
 def main():
     p = arguments(__doc__)
     p.add_argument("--epochs", type=int, default=25, help="(default 25)")
-    p.add_argument("--lr", type=float, default=1e-4, help="its peak (default 1e-4; where there "
-                   "are few windows 1e-3)")
+    p.add_argument("--lr", type=float, default=1e-4, help="its peak (default 1e-4)")
     p.add_argument("--weight-decay", type=float, default=0.01, help="(default 0.01)")
     p.add_argument("--batch", type=int, default=32, help="windows a step (default 32)")
-    p.add_argument("--error", choices=ERRORS, default="squared",
-                   help="what is minimised (default squared, AA-SVD's)")
+    p.add_argument("--error", choices=ERRORS, default="squared", help="(default AA-SVD's)")
     args = p.parse_args()
     names = ("epochs", "lr", "weight_decay", "batch", "error")
     task = prepare("refine", args, {name: getattr(args, name) for name in names})

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SHARED, distance, write_checkpoint
+from conftest import ROOT, SHARED, distance, script, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -580,3 +580,22 @@ def test_everything_composes_on_grouped_query_heads(made, tmp_path):
     assert done.returncode == 0 and Checkpoint(tmp_path / "d").cfg == Checkpoint(dense).cfg
     packed = in_process(export, tmp_path / "q", "--dense", tmp_path / "e")
     assert packed.returncode == 0 and Checkpoint(tmp_path / "e").dtype == torch.bfloat16
+
+
+def test_everything_composes_on_the_demo(tmp_path):
+    """air -> refine -> quantize -> generate, two of six blocks."""
+    few = ["--samples", "8", "--seqlen", "128"]
+    done = in_process(air, "--layers", "1:3", "--out", tmp_path / "a", "--text", "none", *few)
+    assert done.returncode == 0, done.stderr
+    small = Checkpoint(tmp_path / "a")
+    assert {layer.split(".")[2] for layer in small.cfg.ranks} == {"1", "2"}
+    refined = enhanced("refine", tmp_path / "a", tmp_path / "r", "--epochs", "2", "--batch", "2", "--lr", "1e-3", *few)
+    packed = enhanced("quantize", tmp_path / "r", tmp_path / "q", *few)
+    changed = {name.split(".")[2] for name in small.names if name.startswith("model.layers.")
+               and not torch.equal(small.tensor(name), refined.tensor(name))}
+    assert changed and changed <= {"1", "2"}            # blocks that are dense stay as they are
+    windows = torch.arange(3, 131)[None].repeat(2, 1)
+    ppl = [evaluate(each, windows, CPU, FP32)["nll"] for each in (small, refined, packed)]
+    assert all(np.isfinite(ppl)) and len(set(ppl)) == 3
+    said = script("generate", "--ckpt", tmp_path / "q", "--prompt", "def read(self", "--max-new-tokens", "8")
+    assert said.returncode == 0 and said.stdout.startswith("def read(self")
