@@ -62,10 +62,11 @@ def gptq(W, H, bits, group, dtype):
         for j in range(start, stop):
             column = W[:, j:j + 1]
             codes[:, j:j + 1] = grid.codes(column)
+            # Eq. 2: (w − quant(w)) / [H⁻¹]_jj · (H⁻¹)_j = (w − quant(w)) / T_jj · T_j
             error = (column - grid.values(codes[:, j:j + 1])) / T[j, j]
             W[:, j + 1:stop] -= error * T[j, j + 1:stop]
             errors[:, j - start:j - start + 1] = error
-        # Those beyond the block, once for all its columns.
+        # Eq. 4, lazily: the columns beyond the block, once for all of its own.
         W[:, stop:] -= errors @ T[start:stop, stop:]
     return codes, torch.cat(scales, 1), torch.cat(zeros, 1)
 

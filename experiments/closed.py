@@ -35,6 +35,7 @@ FORMS = {
     "two-sided, AIR's sweep, measured ranks": (
         {"method": "kfac-air", "delta": 0.5, "ranks": "auto"}, "olive", "X"),
 }
+FAR = 100           # what is so many times above the dense model is not in the picture
 # Not in the README's table.
 BESIDE = ("GFWSVD", "two-sided", "SVD-LLM(W), measured ranks",
           "two-sided, AIR's sweep, measured ranks")
@@ -60,7 +61,8 @@ def cells(result, name, rate):
         return ["–", ""]
     if name == "SVD-LLM(W)" or len(found) not in (1, len(base)):
         return [show(found), ""]
-    return [show(found), percent(compare(found, base))]
+    gap = compare(found, base)
+    return [show(found), percent(gap) if gap[0] < 1000 else "far above"]
 
 
 def markdown(result):
@@ -84,7 +86,9 @@ def side_by_side(results):
         result = json.loads(path.read_text("utf-8"))
         for rate in RATES:
             found = [cells(result, name, rate)[0] for name in names]
-            lines.append([report.MODELS[model], f"{rate:g}", f"{result['dense']:.2f}", *found])
+            if set(found) != {"–"}:
+                dense = f"{result['dense']:.2f}"
+                lines.append([report.MODELS[model], f"{rate:g}", dense, *found])
     return report.table(["", "kept", "dense", *names], lines)
 
 
@@ -94,16 +98,21 @@ def verdicts(result):
 
 
 def picture(plt, result):
-    """Perplexity against rate."""
+    """Perplexity against rate, of what is within FAR times the dense model's."""
     figure, ax = plt.subplots(figsize=(7, 4.5))
     for name, (_, colour, marker) in FORMS.items():
-        rates = [rate for rate in RATES if ppl(result, name, rate)]
-        points = [mean_spread(ppl(result, name, rate)) for rate in rates]
-        if rates:
-            drawn(ax, rates, points, colour, marker=marker, label=name, linewidth=1)
+        found = {rate: mean_spread(ppl(result, name, rate)) for rate in RATES
+                 if ppl(result, name, rate)}
+        near = {rate: point for rate, point in found.items()
+                if point[0] < FAR * result["dense"]}
+        if near:
+            drawn(ax, list(near), list(near.values()), colour, marker=marker, label=name,
+                  linewidth=1)
     ax.axhline(result["dense"], color="black", linewidth=1, linestyle=":", label="dense")
-    ax.set(xlabel="rate: fraction of the parameters kept", ylabel="perplexity",
-           yscale="log", title=result["checkpoint"])
+    ax.set(xlabel="rate: fraction of the parameters kept", yscale="log", xticks=RATES,
+           ylabel="perplexity a token (log scale)",
+           title=report.MODELS.get(result["checkpoint"], result["checkpoint"]))
+    ax.invert_xaxis()
     ax.legend(fontsize=8)
     figure.tight_layout()
     return figure

@@ -405,6 +405,16 @@ def test_the_readmes_have_every_claim_and_the_short_table_where_they_show_it():
     assert found["claims"] and all(each == wanted[name] for name, blocks in found.items() for each in blocks)
 
 
+def test_the_closed_forms_in_the_readmes_are_the_committed_results():
+    closed = importlib.import_module("experiments.closed")
+    notebook = (ROOT / "experiments" / "README.md").read_text("utf-8")
+    for mark, model in (("closed", "demo"), ("closed-smollm2", "smollm2")):
+        result = json.loads((RESULTS / f"closed-{model}.json").read_text("utf-8"))
+        assert f"<!-- {mark} -->\n{report.block(closed, result)}\n<!-- /{mark} -->" in notebook
+    table = closed.side_by_side(RESULTS)
+    assert f"<!-- models -->\n{table}\n<!-- /models -->" in (ROOT / "README.md").read_text("utf-8")
+
+
 def test_committed_results_are_of_one_checkpoint_the_bundled_one():
     prints = {json.loads((RESULTS / f"{name}-demo.json").read_text("utf-8"))["fingerprint"] for name in SCRIPTS}
     assert prints == {Checkpoint(ROOT / "demo").fingerprint()}
