@@ -18,7 +18,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from calibrate import block_forward, embed
 from model import LowRank, rope
-from support.enhance import advance, arguments, make_plan, prepare, weights_of, write_blocks
+from support.enhance import (advance, arguments, make_plan, own, prepare, weights_of,
+                             write_blocks)
 from support.packed import WIDTHS, dequantize, grid_of, packed_tensors
 from support.progress import told
 from support.script import run
@@ -146,7 +147,7 @@ def quantize(task, finished):
     h = embed(task.ckpt, torch.cat((task.windows, task.held)), task.dtype)
     angles = rope(task.ckpt.cfg, h.shape[1], task.device)
     for l in told("block", range(task.ckpt.cfg.n_layers)):
-        block = task.ckpt.block(l, task.device, task.dtype)
+        block = own(task.ckpt.block(l, task.device, task.dtype))
         state = finished(l)
         if state is None:
             packed, errors = quantize_block(block, h, angles, task.options, task.ckpt.dtype)

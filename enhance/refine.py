@@ -20,8 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from calibrate import embed
 from model import LowRank, rope, wide
-from support.enhance import (advance, arguments, balance, dense_of, make_plan, prepare, products,
-                             rate_at, weights_of, write_blocks)
+from support.enhance import (advance, arguments, balance, dense_of, make_plan, own, prepare,
+                             products, rate_at, weights_of, write_blocks)
 from support.progress import told
 from support.script import run
 
@@ -144,14 +144,14 @@ def refine(task, dense, finished):
     for l in told("block", range(task.ckpt.cfg.n_layers)):
         # y is now what block l of the dense model makes of X: what is to be learnt.
         advance(dense.block(l, task.device, task.dtype), y, angles)
-        block = task.ckpt.block(l, task.device, torch.float32)
+        block = own(task.ckpt.block(l, task.device, torch.float32))
         state = finished(l)
         if state is None:
             block.requires_grad_(True)
             # A block that was left dense stays as it is.
             low_rank = any(isinstance(layer, LowRank) for layer in block.modules())
-            own = recipe if low_rank else replace(recipe, epochs=0)
-            found = refine_block(block, Pairs(x[:n], y[:n]), Pairs(x[n:], y[n:]), own,
+            how = recipe if low_rank else replace(recipe, epochs=0)
+            found = refine_block(block, Pairs(x[:n], y[:n]), Pairs(x[n:], y[n:]), how,
                                  task.seed + l)
             state = recipe.rounded(block)
             yield l, {f"model.layers.{l}.{name}": w for name, w in state.items()}, found

@@ -12,7 +12,7 @@ from enhance.retrain import retrain
 from eval_ppl import evaluate
 from experiments.common import compress, options_of
 from support.checkpoint import in_memory
-from support.enhance import HELD, Task
+from support.enhance import HELD, Task, own
 from support.packed import PARTS, unpacked
 
 FILES = {name: f"enhance/{name}.py" for name in ("refine", "lora", "retrain", "quantize")}
@@ -49,7 +49,7 @@ def by_block(task, blocks):
 
 def whole_model(task, train):
     """The Checkpoint's factors after `train`(task, model), which yields losses."""
-    model = task.ckpt.model(task.device, task.dtype)
+    model = own(task.ckpt.model(task.device, task.dtype))
     for _ in train(task, model):
         pass
     state = model.state_dict()

@@ -1,5 +1,6 @@
 """What the files of enhance/ share: arguments, the result they start from, the one they
 write, learning rates."""
+import copy
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,6 +173,11 @@ def make_plan(task, flops, host, block):
 
 
 # ------------------------------------------------------------ learning
+def own(module):
+    """A copy to be changed: an fp32 checkpoint hands out its own memory."""
+    return copy.deepcopy(module)
+
+
 @torch.no_grad()
 def balance(model):
     """Scale each rank's row of V and column of U to about one length, in place.
@@ -382,7 +388,7 @@ def write_model(task, args, plan, train):
     with open_writer(task, args.overwrite) as writer:
         progress.say(task.header())
         progress.say(plan)
-        model = task.ckpt.model(task.device, task.dtype)
+        model = own(task.ckpt.model(task.device, task.dtype))
         for each in train(model, writer.folder):
             progress.say(each)
         states = set(writer.folder.files) - {part_of(l) for l in range(L + 1)}

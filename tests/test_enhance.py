@@ -25,7 +25,7 @@ from enhance.lora import Adapter, prompt_of, tokens_of
 from enhance.quantize import gptq, output_error, quantize_factor
 from enhance.refine import Pairs, Recipe, refine_block
 from enhance.retrain import Loss
-from eval_ppl import evaluate
+from eval_ppl import evaluate, evaluation_windows
 from model import LowRank, rope
 from support import export
 from support.checkpoint import Checkpoint
@@ -156,6 +156,25 @@ def test_options_out_of_bounds_are_refused(made, tmp_path):
                                 ("lora", "--dropout", 1), ("quantize", "--group", -4), ("retrain", "--lr", "nan")):
         done = enhance(name, small, tmp_path / "o", *usual, option, value)
         assert done.returncode == 2 and f"{option} is" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("name,more", (("refine", ("--epochs", 2)), ("retrain", ("--epochs", 2)), ("quantize", ()),
+                                       ("lora", ("--epochs", 1))))
+def test_an_fp32_start_is_left_alone_in_memory_too(start, tmp_path, name, more):
+    """Such a checkpoint hands out its own memory: what was trained in it would be measured as the start."""
+    write_checkpoint(tmp_path / "fp32")
+    usual = ["--calib", start / "ids.npy", "--samples", "16", "--seqlen", "16"]
+    done = in_process(air, "--ckpt", tmp_path / "fp32", "--out", tmp_path / "small", "--text", "none", *usual)
+    assert done.returncode == 0, done.stderr
+    rates = () if name == "quantize" else ("--lr", "2e-3", "--batch", "4")
+    done = in_process(FILES[name], "--ckpt", tmp_path / "small", "--out", tmp_path / "o", "--windows", "4", *usual,
+                      *more, *rates, "--json", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r.json").read_text())
+    windows, _, _ = evaluation_windows(str(start / "ids.npy"), Checkpoint(tmp_path / "small"), 16, 4)
+    before, after = (evaluate(Checkpoint(tmp_path / folder), windows, CPU, FP32)["ppl"] for folder in ("small", "o"))
+    assert result["ppl_before"] == before and result["ppl_after"] == after
+    assert after != before or name == "retrain"         # whose random text teaches nothing
 
 
 # -------------------------------------------------------------------------------- refinement
