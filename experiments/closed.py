@@ -70,16 +70,17 @@ def markdown(result):
     lines = [["dense", f"{result['dense']:.2f}", *[""] * (2 * len(RATES) - 1)]]
     for name in FORMS:
         pairs = [cells(result, name, rate) for rate in RATES]
-        lines.append([name, *(each for pair in pairs for each in pair)])
+        if any(shown != "–" for shown, _ in pairs):
+            lines.append([name, *(each for pair in pairs for each in pair)])
     heads = [head for rate in RATES for head in (f"{rate:g}", "against SVD-LLM(W)")]
     return table(["", *heads], lines)
 
 
 def side_by_side(results):
-    """The README's table: the closed forms on both models, as far as they were measured."""
+    """The README's table: the closed forms on all models, as far as they were measured."""
     lines = []
     names = [name for name in FORMS if name not in BESIDE]
-    for model in ("smollm2", "demo"):
+    for model in ("smollm2", "demo-adamw", "demo"):
         path = results / f"closed-{model}.json"
         if not path.exists():
             continue

@@ -408,7 +408,7 @@ def test_the_readmes_have_every_claim_and_the_short_table_where_they_show_it():
 def test_the_closed_forms_in_the_readmes_are_the_committed_results():
     closed = importlib.import_module("experiments.closed")
     notebook = (ROOT / "experiments" / "README.md").read_text("utf-8")
-    for mark, model in (("closed", "demo"), ("closed-smollm2", "smollm2")):
+    for mark, model in (("closed", "demo"), ("closed-smollm2", "smollm2"), ("closed-demo-adamw", "demo-adamw")):
         result = json.loads((RESULTS / f"closed-{model}.json").read_text("utf-8"))
         assert f"<!-- {mark} -->\n{report.block(closed, result)}\n<!-- /{mark} -->" in notebook
     table = closed.side_by_side(RESULTS)
