@@ -674,7 +674,7 @@ def prepare(args):
     """Arguments -> Job. Whatever can be wrong with them raises InputError here."""
     check_writable(args.json)
     ckpt = Checkpoint(args.ckpt)
-    if ckpt.cfg.ranks:
+    if ckpt.cfg.compressed:
         raise InputError(f"{args.ckpt} is already compressed; "
                          "point --ckpt at the dense checkpoint")
     if args.sweeps < 0 or not 0 <= args.delta < math.inf:

@@ -117,10 +117,15 @@ class Sampler:
 
 
 # ------------------------------------------------------------ the cache
+def key_heads(cfg, l):
+    """Of the cache in block l; none where its attention is left out."""
+    return 0 if f"model.layers.{l}.self_attn" in cfg.removed else cfg.n_kv_heads
+
+
 def value_shape(cfg, l, o2=True):
     """(heads, width) of a cached value in block l: (1, r_v) if less, else (G, D)."""
     r = cfg.ranks.get(f"model.layers.{l}.self_attn.v_proj")
-    G = cfg.n_kv_heads
+    G = key_heads(cfg, l)
     D = cfg.head_dim
     if o2 and r and r < G * D:
         return 1, r
@@ -200,32 +205,43 @@ class CachedBlock:
     """A block prepared for decoding: what reads the same input shares a product."""
 
     def __init__(self, block, cfg, l, o2, fuse):
-        att = block.self_attn
-        mlp = block.mlp
         self.cfg = cfg
         self.l = l
+        # A half that is left out has none.
+        self.turns = [half and half.turn for half in (block.self_attn, block.mlp)]
         self.attention_norm = block.input_layernorm.weight
         self.mlp_norm = block.post_attention_layernorm.weight
+        self.key_shape = (key_heads(cfg, l), cfg.head_dim)
+        self.value_shape = value_shape(cfg, l, o2)
+        if block.self_attn:
+            self.prepare_attention(block.self_attn, cfg, fuse)
+        if block.mlp:
+            self.gate_up = SharedInput(block.mlp.gate_proj, block.mlp.up_proj, fuse=fuse)
+            self.down = SharedInput(block.mlp.down_proj)
+
+    def prepare_attention(self, att, cfg, fuse):
+        """What reads the same input shares a product; U_k by kv head."""
         # Qwen3 has a norm over each head of q and k.
         norms = (att.q_norm.weight, att.k_norm.weight) if cfg.qk_norm else (None, None)
         self.q_norm, self.k_norm = norms
         self.qkv = SharedInput(att.q_proj, att.k_proj, att.v_proj, fuse=fuse)
         self.o = SharedInput(att.o_proj)
-        self.gate_up = SharedInput(mlp.gate_proj, mlp.up_proj, fuse=fuse)
-        self.down = SharedInput(mlp.down_proj)
         # O2: U_k by kv head, (G, r, D), where the values are cached as V_kᵀx.
         self.U = None
         full = (cfg.n_kv_heads, cfg.head_dim)
-        self.value_shape = value_shape(cfg, l, o2)
         if self.value_shape != full:
             self.U = att.v_proj.U.weight.unflatten(0, full).mT
 
     def __call__(self, x, cache, step):
         """x (B, T, dim) -> (B, T, dim); writes the new columns of `cache`."""
-        h = self.rms_norm(x, self.attention_norm)
-        x = x + self.o(self.attention(h, cache, step))[0]
-        gate, up = self.gate_up(self.rms_norm(x, self.mlp_norm))        # (B, T, hidden)
-        return x + self.down(F.silu(gate) * up)[0]
+        attention_turn, mlp_turn = self.turns
+        if attention_turn:
+            h = self.rms_norm(x, self.attention_norm)
+            x = attention_turn(x) + self.o(self.attention(h, cache, step))[0]
+        if mlp_turn:
+            gate, up = self.gate_up(self.rms_norm(x, self.mlp_norm))    # (B, T, hidden)
+            x = mlp_turn(x) + self.down(F.silu(gate) * up)[0]
+        return x
 
     def attention(self, h, cache, step):
         """Attention over the cache: h (B, T, dim) -> (B, T, H·D).
@@ -328,8 +344,7 @@ class Decoder:
         self.start = start if start.any() else None                     # (B,)
         tables = rope(self.cfg, self.width, self.device)
         self.angles = [table.to(self.dtype) for table in tables]        # (S, D)
-        keys = (self.cfg.n_kv_heads, self.cfg.head_dim)
-        shapes = [(keys, block.value_shape) for block in self.blocks]
+        shapes = [(block.key_shape, block.value_shape) for block in self.blocks]
         self.cache = Cache(shapes, B, self.width, self.o3, self.embedding)
         self.token = torch.zeros(B, dtype=torch.long, device=self.device)
         self.sampler = lambda logits: self.token
@@ -433,7 +448,8 @@ def estimate(cfg, shape, dtype, o1=True, o2=True, o3=True):
     size = dtype.itemsize
     keys = G * D
     values = [math.prod(value_shape(cfg, l, o2)) for l in range(cfg.n_layers)]
-    cache = B * S * (cfg.n_layers * keys + sum(values)) * size
+    every_key = sum(key_heads(cfg, l) * D for l in range(cfg.n_layers))
+    cache = B * S * (every_key + sum(values)) * size
     # Copies of one block's keys or values: values expanded, keys rotated, a cache grown.
     copies = (min(values) < keys) + 3 * (not o1) + (not o3)
     # A piece of a prompt.

@@ -285,7 +285,7 @@ def main():
     ckpt = Checkpoint(args.ckpt)
     device, dtype, _ = pick_device(args.device, args.dtype)
     check_signal(args.signal, dtype)
-    if ckpt.cfg.ranks:
+    if ckpt.cfg.compressed:
         raise InputError(f"{args.ckpt} is compressed; "
                          "influence is measured on the dense checkpoint")
     text, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)

@@ -35,6 +35,13 @@ class Config:
     qk_norm: bool = False       # Qwen3: an RMSNorm over each head of q and k
     biases: frozenset = frozenset()             # those of LAYERS that carry a bias
     ranks: dict = field(default_factory=dict)   # {layer: k} of the low-rank layers
+    # Not in the paper: what its peers make, peers/slicegpt.py and peers/blockpruner.py.
+    turned: bool = False        # a matrix turns the stream before each half is added to it
+    removed: frozenset = frozenset()            # halves left out, model.layers.{l}.mlp
+
+    @property
+    def compressed(self):
+        return bool(self.ranks or self.turned or self.removed)
 
 
 # The seven layers of a block that are decomposed; of block l: model.layers.{l}.{name}.
@@ -136,6 +143,11 @@ def projection(cfg, l, name, n, m):
     return LowRank(n, m, k, bias) if k else nn.Linear(n, m, bias=bias)
 
 
+def turning(cfg):
+    """What the stream goes through beside a half: nothing, but in a sliced model."""
+    return nn.Linear(cfg.dim, cfg.dim, bias=False) if cfg.turned else nn.Identity()
+
+
 class Block(nn.Module):
     """Decoder block l: x + Attn(norm x), then x + MLP(norm x)."""
 
@@ -150,6 +162,7 @@ class Block(nn.Module):
         att.k_proj = projection(cfg, l, "self_attn.k_proj", cfg.dim, kv)
         att.v_proj = projection(cfg, l, "self_attn.v_proj", cfg.dim, kv)
         att.o_proj = projection(cfg, l, "self_attn.o_proj", q, cfg.dim)
+        att.turn = turning(cfg)
         if cfg.qk_norm:
             att.q_norm = nn.RMSNorm(cfg.head_dim)
             att.k_norm = nn.RMSNorm(cfg.head_dim)
@@ -158,16 +171,20 @@ class Block(nn.Module):
         mlp.gate_proj = projection(cfg, l, "mlp.gate_proj", cfg.dim, cfg.hidden)
         mlp.up_proj = projection(cfg, l, "mlp.up_proj", cfg.dim, cfg.hidden)
         mlp.down_proj = projection(cfg, l, "mlp.down_proj", cfg.hidden, cfg.dim)
+        mlp.turn = turning(cfg)
+        for half in ("self_attn", "mlp"):
+            if f"model.layers.{l}.{half}" in cfg.removed:
+                setattr(self, half, None)
 
     def forward(self, x, angles, ops=PLAIN):
         """x (B, T, dim) -> (B, T, dim)."""
-        h = ops.norm(x, self.input_layernorm.weight, self.cfg.norm_eps)
-        x = x + self.attend(h, angles, ops)
-        h = ops.norm(x, self.post_attention_layernorm.weight, self.cfg.norm_eps)
-        # SwiGLU: silu(gate) × up, then back to the width of the stream.
-        gate = ops.silu(ops.linear(self.mlp.gate_proj, h))              # (B, T, hidden)
-        up = ops.linear(self.mlp.up_proj, h)                            # (B, T, hidden)
-        return x + ops.linear(self.mlp.down_proj, ops.mul(gate, up))
+        if self.self_attn:
+            h = ops.norm(x, self.input_layernorm.weight, self.cfg.norm_eps)
+            x = self.self_attn.turn(x) + self.attend(h, angles, ops)
+        if self.mlp:
+            h = ops.norm(x, self.post_attention_layernorm.weight, self.cfg.norm_eps)
+            x = self.mlp.turn(x) + self.feed(h, ops)
+        return x
 
     def attend(self, h, angles, ops):
         """Attention over the normed stream h (B, T, dim) -> (B, T, dim)."""
@@ -181,6 +198,12 @@ class Block(nn.Module):
         mixed = ops.attention(rotate(q, angles), rotate(k, angles), v)  # (B, H, T, D)
         mixed = mixed.transpose(1, 2).flatten(2)                        # (B, T, H·D)
         return ops.linear(att.o_proj, mixed)
+
+    def feed(self, h, ops):
+        """SwiGLU over the normed stream: silu(gate) × up, then back to its width."""
+        gate = ops.silu(ops.linear(self.mlp.gate_proj, h))              # (B, T, hidden)
+        up = ops.linear(self.mlp.up_proj, h)                            # (B, T, hidden)
+        return ops.linear(self.mlp.down_proj, ops.mul(gate, up))
 
     def heads(self, x):
         """(B, T, heads·D) -> (B, heads, T, D)."""

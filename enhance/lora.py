@@ -22,8 +22,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from enhance.retrain import Loss, model_plan
 from model import LowRank
-from support.enhance import (Course, arguments, balance, learn, linear_at, prepare,
-                             write_model)
+from support.enhance import (Course, arguments, balance, batch_at, learn, linear_at,
+                             prepare, write_model)
 from support.script import run
 from support.texts import instruction_rows
 from support.tokenizer import Tokenizer
@@ -119,17 +119,11 @@ def lora(task, model, folder=None):
     o = task.options
     balance(model)
     loss = Loss(model, task.device, task.dtype)
-    N = len(task.windows)
-    an_epoch = -(-N // o["batch"])
-    steps = o["epochs"] * an_epoch
+    steps = o["epochs"] * -(-len(task.windows) // o["batch"])
 
     def gradient(step):
-        # The dropout of a step is the same in a run that goes on.
-        torch.manual_seed(task.seed + step)
-        order = torch.Generator().manual_seed(task.seed + step // an_epoch)
-        batches = torch.randperm(N, generator=order).split(o["batch"])
         model.train()
-        loss.add_gradient(task.windows[batches[step % an_epoch]])
+        loss.add_gradient(batch_at(task, step))
         model.eval()
 
     for which in STAGES:

@@ -18,8 +18,8 @@ import torch.utils.checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from model import LowRank, rope, to_logits
-from support.enhance import (Course, arguments, balance, dense_of, learn, make_plan, prepare,
-                             products, rate_at, write_model)
+from support.enhance import (Course, arguments, balance, batch_at, dense_of, learn, make_plan,
+                            prepare, products, rate_at, write_model)
 from support.script import run
 
 MICRO_BATCH = 2048              # tokens whose activations are in memory at a time
@@ -117,14 +117,10 @@ def retrain(task, model, teacher=None, folder=None):
     balance(model)
     loss = Loss(model, task.device, task.dtype, teacher, o["weight"])
     course = Course(learning_factors(model), o, task.ckpt.dtype, folder)
-    N = len(task.windows)
-    an_epoch = -(-N // o["batch"])
-    steps = o["epochs"] * an_epoch
+    steps = o["epochs"] * -(-len(task.windows) // o["batch"])
 
     def gradient(step):
-        order = torch.Generator().manual_seed(task.seed + step // an_epoch)
-        batches = torch.randperm(N, generator=order).split(o["batch"])
-        loss.add_gradient(task.windows[batches[step % an_epoch]])
+        loss.add_gradient(batch_at(task, step))
 
     yield from learn(course, steps, gradient, lambda: loss.mean(task.held),
                      lambda step: rate_at(step, steps, WARM_UP, 0.0))

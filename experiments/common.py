@@ -155,6 +155,42 @@ def compress(ckpt, sweep, ranks, options, device):
     return small, losses
 
 
+# ------------------------------------------------------------ what was measured
+class Cells(dict):
+    """{key: value} of what was measured so far, kept in a .jsonl file as soon as it is."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text("utf-8").split("\n") if self.path.exists() else []
+        for line in lines:
+            try:
+                key, value = json.loads(line)
+            except ValueError:                      # the line a killed run was writing
+                continue
+            self[key] = value
+
+    def keep(self, key, value):
+        """Append a finished one, on its own line even after a torn one."""
+        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
+        self[key] = json.loads(json.dumps(finite(value)))
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write("\n" * torn + json.dumps([key, self[key]]) + "\n")
+
+
+def machine_facts(device, dtype):
+    """What results were computed on and when."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": str(device),
+        "dtype": str(dtype)[6:],
+        "threads": torch.get_num_threads(),
+    }
+
+
 # ------------------------------------------------------------ the laboratory
 class Job(NamedTuple):
     """A cell to measure: a setting at one seed."""
@@ -195,14 +231,14 @@ class Lab:
         if other:
             self.texts["text2"] = other
         self.memo = {}                                  # what `once` has computed
-        self.path = self.work / "cells.jsonl"
-        self.cells = self.read()                        # {key: value}
+        self.cells = Cells(self.work / "cells.jsonl")
         self.facts = {
             "script": script, "checkpoint": self.ckpt.name, "fingerprint": fingerprint,
-            "texts": {}, "calibration": self.calibrated(), "machine": self.machine()}
+            "texts": {}, "calibration": self.calibrated(),
+            "machine": machine_facts(self.device, self.dtype)}
 
     def check(self):
-        if self.ckpt.cfg.ranks:
+        if self.ckpt.cfg.compressed:
             raise InputError(f"{self.setup.ckpt} is already compressed; "
                              "point --ckpt at the dense checkpoint")
         numbers = re.fullmatch(r"\d+(,\d+)*", self.setup.seeds)
@@ -215,17 +251,6 @@ class Lab:
         """How the lab calibrates, as results say it."""
         return {"text": Path(self.calib).name, "samples": self.samples,
                 "seqlen": self.seqlen, "seeds": self.seeds}
-
-    def machine(self):
-        """What the results were computed on and when."""
-        return {
-            "date": time.strftime("%Y-%m-%d"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "device": str(self.device),
-            "dtype": str(self.dtype)[6:],
-            "threads": torch.get_num_threads(),
-        }
 
     # -------------------------------------------------------- texts
     def resolve(self, text, split):
@@ -299,25 +324,6 @@ class Lab:
             shutil.rmtree(folder)
 
     # -------------------------------------------------------- cells
-    def read(self):
-        """The cells that earlier runs on this checkpoint kept."""
-        lines = self.path.read_text("utf-8").split("\n") if self.path.exists() else []
-        cells = {}
-        for line in lines:
-            try:
-                key, value = json.loads(line)
-            except ValueError:                      # the line a killed run was writing
-                continue
-            cells[key] = value
-        return cells
-
-    def keep(self, key, value):
-        """Append a finished cell to cells.jsonl, on its own line even after a torn one."""
-        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-        self.cells[key] = json.loads(json.dumps(finite(value)))
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write("\n" * torn + json.dumps([key, self.cells[key]]) + "\n")
-
     def key(self, facts, *files):
         """The key of a cell: its facts and its code, with `files` that are its own.
 
@@ -333,7 +339,7 @@ class Lab:
         key = self.key(facts, *files)
         if key not in self.cells:
             start = time.time()
-            self.keep(key, compute())
+            self.cells.keep(key, compute())
             took = time.time() - start
             self.progress.say(f"{self.script}  {json.dumps(facts)[:80]} …   {took:.1f} s")
         return self.cells[key]
@@ -435,7 +441,7 @@ class Lab:
             # Compute what the cell lacks; kept at once, a killed run has it.
             start = time.time()
             missing = self.lacking(key, texts, what)
-            self.keep(key, self.compute(job, missing, js, sweep or self.sweep))
+            self.cells.keep(key, self.compute(job, missing, js, sweep or self.sweep))
             # Say what it was, its perplexity on the first text, the time it took.
             named = " ".join(map(str, job.setting.values()))
             if job.seed is not None:

@@ -317,6 +317,16 @@ def ranks_of(raw):
     return ranks
 
 
+def removed_of(raw):
+    """The halves of blocks that peers/blockpruner.py left out."""
+    names = mapping(raw, "air").get("removed", [])
+    every = [f"model.layers.{l}.{half}" for l in range(integer(raw, "num_hidden_layers"))
+             for half in ("self_attn", "mlp")]
+    if not isinstance(names, list) or not all(name in every for name in names):
+        raise refuse("air.removed", names, "a list of halves such as model.layers.0.mlp")
+    return frozenset(names)
+
+
 def quantized_of(raw):
     """(bits, group) of a result whose factors enhance/quantize.py packed; else None."""
     section = mapping(mapping(raw, "air"), "quantized")
@@ -366,6 +376,8 @@ def parse_config(raw):
         qk_norm=kind == "qwen3",
         biases=biased(raw),
         ranks=ranks_of(raw),
+        turned=boolean(mapping(raw, "air"), "turned"),
+        removed=removed_of(raw),
     )
 
 

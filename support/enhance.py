@@ -24,7 +24,8 @@ ADAM = ("step", "exp_avg", "exp_avg_sq")        # what AdamW keeps of a paramete
 # {option: (the least, the most)} of what enhance/ takes.
 BOUNDS = {"epochs": (0, 10**6), "batch": (1, 10**6), "every": (1, 10**6),
           "patience": (0, 10**6), "rank": (1, 10**5), "group": (0, 10**6), "lr": (1e-12, 1),
-          "weight_decay": (0, 1), "weight": (0, 1), "dropout": (0, 0.99), "alpha": (0, 1e6)}
+          "weight_decay": (0, 1), "weight": (0, 1), "dropout": (0, 0.99), "alpha": (0, 1e6),
+          "adapter_steps": (0, 10**6)}
 HELD = 8        # one window in so many is held out: what is kept is best on these
 
 
@@ -39,6 +40,11 @@ def arguments(doc):
             action.help = "the result to start from, a folder that air.py or enhance/ wrote"
     p.add_argument("--dense", help="the dense checkpoint that it was made of, where that is "
                    "read (default: where the result says it was)")
+    return add_result_arguments(p)
+
+
+def add_result_arguments(p):
+    """What is calibrated and evaluated on, where the result goes."""
     add_calibration_arguments(p)
     p.add_argument("--text", help="evaluation text, or none (default: the test part of the "
                    "--calib text)")
@@ -92,27 +98,31 @@ class Task:
     dtype: torch.dtype
     seed: int
     out: str
+    folder: str = "enhance"     # of the file: enhance or peers
 
     def facts(self):
         """What the result depends on: a run that goes on must have the same."""
         windows = digest(torch.cat((self.windows, self.held)))
-        code = code_digest("model.py", "support/enhance.py", f"enhance/{self.name}.py")
+        code = code_digest("model.py", "support/enhance.py", f"{self.folder}/{self.name}.py")
         return {"by": self.name, "checkpoint": self.ckpt.fingerprint(), "windows": windows,
                 "dtype": str(self.dtype), "code": code, "seed": self.seed, **self.options}
 
     def header(self):
         N, T = self.windows.shape
+        held = len(self.held)
+        count = f"{N} + {held} held out" if self.folder == "enhance" else f"{N + held}"
         options = ", ".join(f"{key} {value}" for key, value in self.options.items())
-        return (f"{self.name} of {self.ckpt.name}: {N} + {len(self.held)} held out x {T} "
+        return (f"{self.name} of {self.ckpt.name}: {count} x {T} "
                 f"tokens of {self.calib}, {options}\n"
                 f"torch {torch.__version__}, {self.device} ({torch.get_num_threads()} "
                 f"threads), {str(self.dtype)[6:]}, seed {self.seed}")
 
 
-def prepare(name, args, options, instructions=None):
+def prepare(name, args, options, instructions=None, folder="enhance"):
     """Arguments -> Task. Whatever can be wrong with them raises InputError here.
 
-    instructions(path, ckpt) -> (N, T) reads --calib where that is a .json file.
+    instructions(path, ckpt) -> (N, T) reads --calib where that is a .json file. What is in
+    `folder` enhance/ starts from a result, what is in peers/ from a dense checkpoint.
     """
     check_writable(args.json)
     for key, (least, most) in BOUNDS.items():
@@ -120,8 +130,12 @@ def prepare(name, args, options, instructions=None):
             raise InputError(f"--{key.replace('_', '-')} is {options[key]}; expected {least:g} "
                              f"to {most:g}")
     ckpt = Checkpoint(args.ckpt)
-    if not ckpt.cfg.ranks:
-        raise InputError(f"{args.ckpt} is dense; point --ckpt at a result of air.py")
+    if folder == "enhance" and not ckpt.cfg.ranks:
+        raise InputError(f"{args.ckpt} has no low-rank layers; point --ckpt at a result of "
+                         "air.py")
+    if folder == "peers" and ckpt.cfg.compressed:
+        raise InputError(f"{args.ckpt} is already compressed; point --ckpt at the dense "
+                         "checkpoint")
     ckpt.extras()
     device, dtype, _ = pick_device(args.device, args.dtype)
     calib, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
@@ -142,7 +156,7 @@ def prepare(name, args, options, instructions=None):
         evaluation = evaluation_windows(text, ckpt, length, args.windows)
     check_apart(args.out, json=args.json)
     return Task(name, ckpt, options, calib, windows[:-n], windows[-n:], text, evaluation,
-                device, dtype, args.seed, args.out)
+                device, dtype, args.seed, args.out, folder)
 
 
 def weights_of(ckpt, l):
@@ -198,6 +212,37 @@ def balance(model):
 def products(device, dtype):
     """Matrix products in `dtype`, where parameters that learn are in fp32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def batch_at(task, step):
+    """The windows of a step, (batch, T): each epoch in another order. The batch and what is
+    drawn in it, such as dropout, are the same in a run that goes on."""
+    torch.manual_seed(task.seed + step)
+    N = len(task.windows)
+    size = task.options["batch"]
+    an_epoch = -(-N // size)
+    order = torch.Generator().manual_seed(task.seed + step // an_epoch)
+    return task.windows[torch.randperm(N, generator=order).split(size)[step % an_epoch]]
+
+
+def training_tensors(params, optimizer):
+    """{name: tensor} of parameters and what AdamW keeps of them, to go on from."""
+    tensors = {}
+    for key, w in params.items():
+        moments = optimizer.state[w].items()
+        tensors |= {f"{key}:now": w} | {f"{key}:{name}": moment for name, moment in moments}
+    return tensors
+
+
+@torch.no_grad()
+def take_training(params, optimizer, tensors, step):
+    """Give them back."""
+    for key, w in params.items():
+        w.copy_(tensors[f"{key}:now"])
+        if step:
+            state = {name: tensors[f"{key}:{name}"].clone() for name in ADAM}
+            optimizer.state[w] = {name: each if name == "step" else each.to(w.device)
+                                  for name, each in state.items()}
 
 
 def rate_at(step, steps, warm_up, last):
@@ -278,11 +323,8 @@ class Course:
         return len(losses) - 1 - losses.index(min(losses))
 
     def save(self):
-        tensors = {}
-        for key, w in self.params.items():
-            tensors |= {f"{key}:now": w, f"{key}:best": self.best[key]}
-            for name, moment in self.optimizer.state[w].items():
-                tensors[f"{key}:{name}"] = moment
+        tensors = training_tensors(self.params, self.optimizer)
+        tensors |= {f"{key}:best": w for key, w in self.best.items()}
         self.folder.save(self.name, tensors, {"step": self.step, "log": self.log})
 
     def load(self):
@@ -290,14 +332,8 @@ class Course:
         self.step = note["step"]
         self.log = note["log"]
         tensors = self.folder.load(self.name)
-        self.give({key: tensors[f"{key}:now"] for key in self.params})
+        take_training(self.params, self.optimizer, tensors, self.step)
         self.best = {key: tensors[f"{key}:best"].clone() for key in self.params}
-        if self.step:
-            for key, w in self.params.items():
-                state = {name: tensors[f"{key}:{name}"].clone() for name in ADAM}
-                for name in ADAM[1:]:
-                    state[name] = state[name].to(w.device)
-                self.optimizer.state[w] = state
 
 
 def learn(course, steps, gradient, held_loss, share):

@@ -98,13 +98,15 @@ def fetch(url, path):
         partial.unlink(missing_ok=True)
 
 
-def download(name):
-    """The path of a file of DOWNLOADS, fetched once into data/.
+def download(name, source=None, instead="a text that needs no network: stdlib, or your own "
+             ".txt, .jsonl or .npy"):
+    """The path of a file, fetched once into data/ from its `source`, (address, SHA-256).
 
-    Its SHA-256 is pinned here or kept beside it from the first fetch on. Raises
-    InputError without a network or when the sum differs.
+    source: that of DOWNLOADS where None. A sum that is not pinned is kept beside the file
+    from the first fetch on. Raises InputError without a network (`instead`: what else to
+    use) or when the sum differs.
     """
-    url, pinned = DOWNLOADS[name]
+    url, pinned = source or DOWNLOADS[name]
     path = DATA / name
     kept = DATA / (name + ".sha256")
     if not path.exists():
@@ -114,9 +116,7 @@ def download(name):
             raise denied(DATA, "written") from None
         except (OSError, http.client.HTTPException) as e:
             raise InputError(f"{name} is not in {DATA} and could not be fetched ({e}); "
-                             "put it there yourself, or use a text that needs no "
-                             "network: stdlib, or your own .txt, .jsonl or "
-                             ".npy") from None
+                             f"put it there yourself, or use {instead}") from None
     check_readable(path)
     found = wanted = sha256(path)
     if pinned:

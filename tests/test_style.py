@@ -7,7 +7,7 @@ from style import ROOT, SCRIPTS, code_lines, comments, figures, functions, lengt
 
 FILES = [ROOT / name for name in SCRIPTS] + [
     path
-    for folder in ("support", "enhance", "experiments")
+    for folder in ("support", "enhance", "peers", "experiments")
     for path in sorted((ROOT / folder).glob("*.py"))
     if path.name != "__init__.py"
 ]
@@ -37,6 +37,10 @@ ORDER = [
     "enhance.retrain",
     "enhance.lora",
     "enhance.quantize",
+    "support.peers",
+    "peers.slicegpt",
+    "peers.blockpruner",
+    "peers.acip",
     "support.modeling_air",     # last: it is read by other tools, never here
 ]
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
