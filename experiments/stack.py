@@ -1,9 +1,11 @@
-"""What tables 5, 6 and 14 share: a compressed model in memory, and what is done to it after.
+"""What tables 4, 5, 6 and 14 share: a compressed model in memory, and what is done after.
 
 A step is ("refine" | "lora" | "retrain" | "quantize", its options); a chain of them is
 measured once and kept, as every other cell.
 """
 import copy
+
+import torch
 
 from enhance.lora import lora
 from enhance.quantize import quantize
@@ -11,9 +13,12 @@ from enhance.refine import refine
 from enhance.retrain import retrain
 from eval_ppl import evaluate
 from experiments.common import compress, options_of
+from peers.acip import OPTIONS, Training, blocks_of, learn, put_on
 from support.checkpoint import in_memory
+from support.config import compressed_config, parse_config
 from support.enhance import HELD, Task, own
 from support.packed import PARTS, unpacked
+from support.texts import digest
 
 FILES = {name: f"enhance/{name}.py" for name in ("refine", "lora", "retrain", "quantize")}
 # What each step runs with on few windows; where it differs from the file's default, which
@@ -24,6 +29,8 @@ RECIPES = {
              "dropout": 0.05},
     "retrain": {"epochs": 5, "lr": 1e-4, "batch": 4, "every": 7, "patience": 5, "weight": 0.0},
     "quantize": {"bits": 4, "group": 0, "rounding": "gptq"},
+    # Few steps, so that a mask falls ten times as fast and λ begins at a tenth.
+    "acip": OPTIONS | {"lr": 5e-4, "weight": 1e-4, "rank": 8, "adapter_steps": 60, "every": 20},
 }
 
 
@@ -74,6 +81,42 @@ def stacked(lab, start, step, windows, seed):
     return after
 
 
+# ------------------------------------------------------------ peers, in memory
+def compact(ckpt, blocks, changes, section):
+    """The Checkpoint of what a file of peers/ yields, with `changes` and `section` in its
+    config.json, and the ranks of its factors."""
+    made = {name: w for _, tensors in blocks for name, w in tensors.items()}
+    ranks = {name.removesuffix(".V.weight"): len(w) for name, w in made.items()
+             if name.endswith(".V.weight")}
+    small = copy.copy(ckpt)
+    small.tensors = in_memory(made)
+    small.names = list(made)
+    small.raw = compressed_config(ckpt.raw | changes, section | {"ranks": ranks})
+    small.cfg = parse_config(small.raw)
+    return small
+
+
+def acip(lab, seed, rates):
+    """{rate: perplexity}: one training, cut to every rate that its scores reach."""
+    options = RECIPES["acip"]
+    windows = lab.calibration(seed)
+    n = max(1, len(windows) // HELD)
+    task = Task("acip", lab.ckpt, options, lab.calib, windows[:-n], windows[-n:], "none", None,
+                lab.device, lab.dtype, seed, "", "peers")
+    torch.manual_seed(seed)
+    model = own(lab.ckpt.model(lab.device, torch.float32))
+    training = Training(*put_on(model, options), options)
+    for _ in learn(task, model, training):
+        pass
+    found = {}
+    for rate in rates:
+        if rate >= options["stop"]:
+            small = compact(lab.ckpt, blocks_of(task, model, training, rate), {}, {})
+            windows = lab.evaluation("text")
+            found[f"{rate:g}"] = evaluate(small, windows, lab.device, lab.dtype)["ppl"]
+    return found
+
+
 # ------------------------------------------------------------ measurements
 def chain(lab, setting, steps, seed):
     """Perplexity on the first text after `steps` on a setting's result at a seed."""
@@ -89,6 +132,19 @@ def chain(lab, setting, steps, seed):
             small = stacked(lab, small, step, job.windows, seed)
         return evaluate(small, lab.evaluation("text"), lab.device, lab.dtype)["ppl"]
     return lab.cell({"job": job.key, "steps": done, "seed": seed}, compute, *files)
+
+
+def measure_acip(lab, rates):
+    """A row a rate, as those of `measure`; None below the share at which masks stop."""
+    cells = []
+    for seed in lab.seeds:
+        facts = {"acip": RECIPES["acip"], "rates": rates, "seed": seed,
+                 "calibration": digest(lab.calibration(seed)),
+                 "text": digest(lab.evaluation("text"))}
+        cells.append(lab.cell(facts, lambda s=seed: acip(lab, s, rates), "peers/acip.py",
+                              "enhance/lora.py", "enhance/retrain.py", "support/enhance.py"))
+    return [{"form": "ACIP", "stack": "its adapters", "rate": rate,
+             "ppl": {"text": [cell.get(f"{rate:g}") for cell in cells]}} for rate in rates]
 
 
 def measure(lab, settings, stacks):

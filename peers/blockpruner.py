@@ -97,7 +97,7 @@ def prune(ckpt, stream, budget):
     """Yield (half, loss without it) of each half that is removed, until `budget` parameters
     or fewer are left in the blocks. The first of several that cost the same goes."""
     size = sizes(ckpt)
-    left = sum(size.values())
+    left = sum(n for name, n in size.items() if name not in stream.removed)
     while left > budget:
         stream.update()
         candidates = [name for name in stream.halves if name not in stream.removed]

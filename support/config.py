@@ -1,5 +1,6 @@
 """config.json -> model.Config: every value's type is checked where it is read, and
 whatever would change the numbers and is not computed is refused by name."""
+import re
 from pathlib import Path
 
 from model import LAYERS, Config
@@ -53,6 +54,7 @@ NEUTRAL = {
 INSTEAD = {"quantization_config": "the checkpoint is quantized: point at its fp32, fp16 "
                                   "or bf16 original"}
 LARGEST = 2**31         # no size in a config.json is as large
+HALF = re.compile(r"model\.layers\.([0-9]{1,6})\.(self_attn|mlp)")
 
 
 # ------------------------------------------------------------ values
@@ -320,9 +322,10 @@ def ranks_of(raw):
 def removed_of(raw):
     """The halves of blocks that peers/blockpruner.py left out."""
     names = mapping(raw, "air").get("removed", [])
-    every = [f"model.layers.{l}.{half}" for l in range(integer(raw, "num_hidden_layers"))
-             for half in ("self_attn", "mlp")]
-    if not isinstance(names, list) or not all(name in every for name in names):
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    found = [HALF.fullmatch(name) for name in names] if texts else [None]
+    blocks = integer(raw, "num_hidden_layers")
+    if not all(half and int(half[1]) < blocks for half in found):
         raise refuse("air.removed", names, "a list of halves such as model.layers.0.mlp")
     return frozenset(names)
 

@@ -131,8 +131,8 @@ def prepare(name, args, options, instructions=None, folder="enhance"):
                              f"to {most:g}")
     ckpt = Checkpoint(args.ckpt)
     if folder == "enhance" and not ckpt.cfg.ranks:
-        raise InputError(f"{args.ckpt} has no low-rank layers; point --ckpt at a result of "
-                         "air.py")
+        kind = "has no low-rank layers" if ckpt.cfg.compressed else "is dense"
+        raise InputError(f"{args.ckpt} {kind}; point --ckpt at a result of air.py")
     if folder == "peers" and ckpt.cfg.compressed:
         raise InputError(f"{args.ckpt} is already compressed; point --ckpt at the dense "
                          "checkpoint")

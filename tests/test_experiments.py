@@ -222,7 +222,7 @@ def test_a_finished_cell_is_not_computed_again_but_a_changed_checkpoint_is(lab, 
     first, calls = lab().measure(settings), []
     monkeypatch.setattr(common, "compress", lambda *args: calls.append(args[2]) or compress(*args))
     assert lab().measure(settings) == first and calls == []
-    with open(lab().path, "a") as f:
+    with open(lab().cells.path, "a") as f:
         f.write('["half a li')                                              # killed while it wrote
     assert len(first[0]["ppl"]["text"]) == 2 and len(first[1]["ppl"]["text"]) == 1
     assert find(lab().measure([*settings, {"method": "air", "rate": 0.6}]), rate=0.6)
@@ -532,6 +532,7 @@ def test_stacks_are_what_the_files_of_enhance_write(result_of, lab, tmp_path, mo
     refine = importlib.import_module("enhance.refine")
     quantize = importlib.import_module("enhance.quantize")
     recipes = {"refine": {"epochs": 1}, "lora": {"epochs": 1}, "retrain": {"epochs": 1}, "quantize": {}}
+    recipes["acip"] = {"lr": 4e-3, "weight": 0.05, "adapter_steps": 1, "rank": 2}
     monkeypatch.setattr(stack, "RECIPES", {name: stack.RECIPES[name] | more for name, more in recipes.items()})
     svdllm = {"method": "svdllm", "form": "SVD-LLM(W)"}
     module, result = result_of("table5", RATES=(0.6,), FORMS={"SVD-LLM(W)": svdllm, "AIR": {"method": "air"}})
@@ -559,3 +560,86 @@ def test_stacks_are_what_the_files_of_enhance_write(result_of, lab, tmp_path, mo
     command(air, "--ckpt", setup.ckpt, "--rate", "0.6", "--ridge", "0", "--out", tmp_path / "air")
     command(quantize, "--ckpt", tmp_path / "air", "--out", tmp_path / "q", "--bits", "2", "--group", "32")
     assert np.allclose(module.ppl(result, "AIR", module.stack_of("gptq", 2, 32)), measured(tmp_path / "q"), rtol=1e-3)
+
+
+def test_peers_get_no_more_bytes_than_air_and_score_as_their_commands_do(result_of, lab, tmp_path, monkeypatch):
+    module, result = result_of("table4", RATES=(0.6, 0.4))
+    assert module.ppl(result, "AIR", 0.6) == ppl_of(lab, method="air")
+    for rate in (0.6, 0.4):
+        size = {name: find(result["rows"], method=name, rate=rate)["parameters"][0]
+                for name in (*module.FORMS, *module.PEERS)}
+        assert size["AIR"] == size["SVD-LLM(W)"] == module.budget(lab(), rate)
+        assert size["SliceGPT"] <= size["AIR"] and size["BlockPruner"] <= size["AIR"]
+    # The smaller budget goes on where the larger ended.
+    cell, = (value for key, value in lab(seeds="3").cells.items() if "BlockPruner" in key)
+    assert set(cell["0.6"]["removed"]) < set(cell["0.4"]["removed"])
+    slicegpt = importlib.import_module("peers.slicegpt")
+    assert module.width_within(lab().ckpt.cfg, 10**9) == lab().ckpt.cfg.dim
+    monkeypatch.setattr(slicegpt, "width_at", lambda d, slicing: 8)
+    setup = lab().setup
+    monkeypatch.setattr(sys, "argv", [
+        "x", "--ckpt", setup.ckpt, "--calib", setup.calib, "--samples", "6", "--seqlen", "16", "--text", "none",
+        "--out", str(tmp_path / "sliced"), "--quiet"])
+    slicegpt.main()
+    here = lab(seeds="3")
+    wanted = evaluate(Checkpoint(tmp_path / "sliced"), here.evaluation("text"), here.device, here.dtype)["ppl"]
+    width = module.width_within(here.ckpt.cfg, module.budget(here, 0.6))
+    if width == 8:
+        assert module.ppl(result, "SliceGPT", 0.6) == pytest.approx([wanted], rel=1e-4)
+
+
+def test_acip_is_cut_from_one_training_to_the_rates_that_it_reaches(lab, monkeypatch):
+    stack = importlib.import_module("experiments.stack")
+    few = {"lr": 4e-3, "weight": 0.05, "adapter_steps": 1, "rank": 2}
+    monkeypatch.setitem(stack.RECIPES, "acip", stack.RECIPES["acip"] | few)
+    rows = stack.measure_acip(lab(seeds="3"), (0.8, 0.6, 0.2))
+    assert [row["ppl"]["text"][0] is None for row in rows] == [False, False, True]
+    assert rows[0]["ppl"] != rows[1]["ppl"]
+    cells = lab().cells
+    assert stack.measure_acip(lab(seeds="3"), (0.8, 0.6, 0.2)) == rows and lab().cells == cells
+
+
+def test_samples_are_the_same_for_one_seed_and_name_their_prompt(lab, tmp_path, monkeypatch):
+    module = importlib.import_module("experiments.samples")
+    refined = ("refine", {"epochs": 1})
+    monkeypatch.setattr(module, "FORMS", {"SVD-LLM(W)": ({"method": "svdllm"}, []), "AIR": ({"method": "air"}, [refined])})
+    monkeypatch.setattr(module, "RATES", (0.5,))
+    monkeypatch.setattr(module, "Tokenizer", lambda ckpt: type("T", (), {
+        "bos": [1], "eos": {2}, "encode": staticmethod(lambda text: [ord(each) % 60 for each in text]),
+        "decode": staticmethod(lambda ids: " ".join(map(str, ids)))}))
+    setup = lab().setup
+    argv = ["samples", "--ckpt", setup.ckpt, "--calib", setup.calib, "--seeds", "3", "--samples", "6", "--seqlen", "16",
+            "--work", str(tmp_path / "work"), "--results", str(tmp_path), "--prompts", "abc", "x", "--tokens", "7"]
+    found = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", argv)
+        module.main()
+        found.append(json.loads((tmp_path / "samples-tiny.json").read_text("utf-8"))["rows"])
+    assert found[0] == found[1] and [row["model"] for row in found[0]] == ["dense", *module.FORMS]
+    assert all(len(text.split()) <= 7 for row in found[0] for text in row["texts"])
+    text = (tmp_path / "samples-tiny.md").read_text("utf-8")
+    assert "**'abc'**" in text and repr(found[0][0]["texts"][1]) in text
+
+
+def test_the_table_of_contents_has_all_of_the_paper_and_names_what_exists():
+    module = importlib.import_module("experiments.contents")
+    wanted = {f"Table {i}" for i in range(1, 15)} | {f"Figure {i}" for i in range(1, 9)} | {"A.6", "A.9"}
+    assert set(module.CONTENTS) == wanted
+    for _, name, _ in module.CONTENTS.values():
+        assert name is None or (ROOT / "experiments" / f"{name}.py").exists()
+    paper = ROOT.parent / "shared" / "paper" / "air.md"
+    if paper.exists():
+        named = set(re.findall(r"(?:Table|Figure) [0-9]+", paper.read_text("utf-8")))
+        assert named <= wanted
+    shown = (ROOT / "experiments" / "README.md").read_text("utf-8")
+    assert module.contents(RESULTS) in shown
+
+
+def test_outcomes_are_counted_from_the_results(tmp_path):
+    module = importlib.import_module("experiments.contents")
+    held = {"verdicts": [{"holds": True}, {"holds": False}, {"holds": None}]}
+    (tmp_path / "table2-demo-adamw.json").write_text(json.dumps(held))
+    (tmp_path / "fig4-demo-cpu-float32.json").write_text("[]")
+    assert module.outcome(tmp_path, "table2", "demo") == "–"
+    assert module.outcome(tmp_path, "table2", "demo-adamw") == "1 of 2 hold"
+    assert module.outcome(tmp_path, "fig4", "demo") == "measured" and module.outcome(tmp_path, None, "demo") == "–"
