@@ -71,8 +71,8 @@ def contents(results):
         command = f"`python experiments/{script}.py {arguments}`".replace(" `", "`")
         lines.append([item, what, command if script else "–",
                       *(outcome(results, script, model) for model in MODELS)])
-    for what, command in ELSEWHERE.items():
-        lines.append([what, "not at hand here", f"`{command}`", *["–"] * len(MODELS)])
+    for what, elsewhere in ELSEWHERE.items():
+        lines.append([what, "not at hand here", f"`{elsewhere}`", *["–"] * len(MODELS)])
     return table(["of the paper", "shows", "command", *MODELS.values()], lines,
                  left=3 + len(MODELS))
 

@@ -602,7 +602,8 @@ def test_acip_is_cut_from_one_training_to_the_rates_that_it_reaches(lab, monkeyp
 def test_samples_are_the_same_for_one_seed_and_name_their_prompt(lab, tmp_path, monkeypatch):
     module = importlib.import_module("experiments.samples")
     refined = ("refine", {"epochs": 1})
-    monkeypatch.setattr(module, "FORMS", {"SVD-LLM(W)": ({"method": "svdllm"}, []), "AIR": ({"method": "air"}, [refined])})
+    forms = {"SVD-LLM(W)": ({"method": "svdllm"}, []), "AIR": ({"method": "air"}, [refined])}
+    monkeypatch.setattr(module, "FORMS", forms)
     monkeypatch.setattr(module, "RATES", (0.5,))
     monkeypatch.setattr(module, "Tokenizer", lambda ckpt: type("T", (), {
         "bos": [1], "eos": {2}, "encode": staticmethod(lambda text: [ord(each) % 60 for each in text]),

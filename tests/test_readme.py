@@ -92,7 +92,13 @@ def test_what_the_demo_says_of_delta_and_the_square_root_is_the_committed_json()
     adamw = json.loads((RESULTS / "closed-demo-adamw.json").read_text("utf-8"))["rows"]
     gaps = against(adamw, "rate", (0.6, 0.4), {"variant": "AIR, δ = 2"}, {"variant": "SVD-LLM(W)"})
     there = [(f"{-mean:.1f}", f"{spread:.1f}") for mean, spread, _ in gaps]
-    assert re.findall(r"(\d+\.\d) ± (\d\.\d) %", said) == named[:2] + there
+    real = json.loads((RESULTS / "closed-smollm2.json").read_text("utf-8"))["rows"]
+    half, two = (against(real, "rate", (0.8, 0.6, 0.4), {"variant": f"AIR, δ = {delta}"}, {"variant": "SVD-LLM(W)"})
+                 for delta in ("0.5", "2"))
+    below = [(f"{-mean:.1f}", f"{spread:.1f}") for mean, spread, _ in half]
+    assert re.findall(r"(\d+\.\d) ± (\d\.\d) %", said) == [*below, ("18.0", "9.0"), *named[:2], *there]
+    listed = ", ".join(f"{mean:+.1f} ± {spread:.1f}" for mean, spread, _ in two).replace("-", "−")
+    assert f"({listed} %)" in said
 
 
 def test_the_number_of_claims_that_hold_is_the_committed_json():
