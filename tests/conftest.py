@@ -1,9 +1,13 @@
 """Shared by the tests: random checkpoints of any shape on disk, and the authors' numbers where they are at hand."""
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +21,8 @@ sys.path.insert(0, str(ROOT / "tests" / "golden"))
 from make_golden import SMALL, weights                      # noqa: E402
 from model import Llama                       # noqa: E402
 from support.config import parse_config                       # noqa: E402
+from support.progress import Progress                       # noqa: E402
+from support.script import run                       # noqa: E402
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count()))
@@ -62,6 +68,22 @@ def script(name, *arguments, cwd=None, env=None):
     """Run a script of the repository as a user would; returns the finished process, output as text."""
     return subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *map(str, arguments)], cwd=cwd, text=True,
                           capture_output=True, env={"OMP_NUM_THREADS": "2"} | os.environ | (env or {}))
+
+
+def in_process(name, *arguments):
+    """As `script`, without another interpreter: (returncode, stdout, stderr) of a module's main()."""
+    module = importlib.import_module(name.replace("/", "."))
+    out, err = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, [f"{name}.py", *map(str, arguments)]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run(module.main)
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv, Progress.running = argv, None
+    return SimpleNamespace(returncode=code or 0, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def distance(a, b):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import distance, script, write_checkpoint
+from conftest import distance, in_process, script, write_checkpoint
 
 from eval_ppl import evaluate
 from generate import Decoder, estimate, generate
@@ -213,7 +213,7 @@ def test_the_commands_results_are_read_and_refused_where_they_should_be(
     np.save(tmp_path / "ids.npy", windows.numpy())
     arguments = ["--ckpt", str(dense), "--calib", str(tmp_path / "ids.npy"), *option,
                  "--out", str(tmp_path / "out"), "--json", str(tmp_path / "r.json")]
-    done = script(f"peers/{name}", *arguments)
+    done = script(f"peers/{name}", *arguments)          # by itself, as a user would
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r.json").read_text())
     small = Checkpoint(tmp_path / "out")
@@ -221,13 +221,13 @@ def test_the_commands_results_are_read_and_refused_where_they_should_be(
     assert result["ppl_after"] == pytest.approx(
         evaluate(small, windows, CPU, torch.float32)["ppl"], rel=1e-4)
     # There it stays; a compressed one is no start for anything here.
-    assert script(f"peers/{name}", *arguments).returncode == 2
-    assert script(f"peers/{name}", *arguments, "--overwrite").returncode == 0
+    assert in_process(f"peers/{name}", *arguments).returncode == 2
+    assert in_process(f"peers/{name}", *arguments, "--overwrite").returncode == 0
     for other in (f"peers/{name}", "air"):
-        done = script(other, "--ckpt", str(tmp_path / "out"), "--out", str(tmp_path / "x"),
+        done = in_process(other, "--ckpt", str(tmp_path / "out"), "--out", str(tmp_path / "x"),
                       "--calib", str(tmp_path / "ids.npy"))
         assert done.returncode == 2 and "already compressed" in done.stderr
-    done = script("enhance/refine", "--ckpt", str(tmp_path / "out"), "--out",
+    done = in_process("enhance/refine", "--ckpt", str(tmp_path / "out"), "--out",
                   str(tmp_path / "x"), "--calib", str(tmp_path / "ids.npy"))
     assert done.returncode == 2 and "no low-rank layers" in done.stderr
 
@@ -239,7 +239,7 @@ def test_the_commands_results_are_read_and_refused_where_they_should_be(
 ])
 def test_bad_options_are_one_sentence(tmp_path, windows, name, option, said):
     np.save(tmp_path / "ids.npy", windows.numpy())
-    done = script(f"peers/{name}", "--ckpt", str(write_checkpoint(tmp_path / "m")), "--calib",
+    done = in_process(f"peers/{name}", "--ckpt", str(write_checkpoint(tmp_path / "m")), "--calib",
                   str(tmp_path / "ids.npy"), "--out", str(tmp_path / "out"), *option)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
@@ -393,18 +393,18 @@ def test_one_map_is_cut_to_any_rate_from_the_stop_up(tmp_path, tiny, windows):
     done = script("peers/acip", *arguments, "--rate", "0.6", "--out", tmp_path / "a")
     assert done.returncode == 0, done.stderr
     before = (tmp_path / "map" / "training.safetensors").stat().st_mtime_ns
-    done = script("peers/acip", *arguments, "--rate", "0.8", "--out", tmp_path / "b")
+    done = in_process("peers/acip", *arguments, "--rate", "0.8", "--out", tmp_path / "b")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "map" / "training.safetensors").stat().st_mtime_ns == before
     small, large = (Checkpoint(tmp_path / name) for name in "ab")
     assert small.parameters() < large.parameters()
-    done = script("peers/acip", *arguments, "--rate", "0.3", "--out", tmp_path / "c")
+    done = in_process("peers/acip", *arguments, "--rate", "0.3", "--out", tmp_path / "c")
     assert done.returncode == 2 and "train to less" in done.stderr
     # Others' options are another map.
-    done = script("peers/acip", *arguments, "--lr", "1e-3", "--rate", "0.6", "--out",
+    done = in_process("peers/acip", *arguments, "--lr", "1e-3", "--rate", "0.6", "--out",
                   tmp_path / "c")
     assert done.returncode == 2 and "another lr" in done.stderr
     # An ordinary result: refined, generated from.
-    done = script("enhance/refine", "--ckpt", tmp_path / "a", "--calib", tmp_path / "ids.npy",
+    done = in_process("enhance/refine", "--ckpt", tmp_path / "a", "--calib", tmp_path / "ids.npy",
                   "--out", tmp_path / "r", "--epochs", "1", "--text", "none")
     assert done.returncode == 0, done.stderr

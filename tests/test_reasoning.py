@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import script, write_checkpoint
+from conftest import in_process, script, write_checkpoint
 
 from experiments import choices as C
 from experiments import reasoning as R
@@ -277,11 +277,11 @@ def test_the_command_goes_on_and_compares(tmp_path):
     lines = kept.read_text().splitlines()
     key, value = json.loads(lines[0])
     kept.write_text("\n".join([json.dumps([key, [0.0] * len(value)]), *lines[1:]]) + "\n")
-    done = script("experiments/reasoning", *arguments)
+    done = in_process("experiments/reasoning", *arguments)
     assert done.returncode == 0, done.stderr
     assert Cells(kept)[key] == [0.0] * len(value)
     kept.write_text("\n".join([*lines[:-1], lines[-1][:9]]))
-    done = script("experiments/reasoning", *arguments)
+    done = in_process("experiments/reasoning", *arguments)
     assert done.returncode == 0, done.stderr
     last, value = json.loads(lines[-1])
     assert Cells(kept)[last] == pytest.approx(value, abs=1e-4)
@@ -294,7 +294,7 @@ def test_the_command_goes_on_and_compares(tmp_path):
 ])
 def test_bad_arguments_are_one_sentence(tmp_path, arguments, said):
     given = ["--data", str(GOLDEN / "flat"), "--work", str(tmp_path), *arguments]
-    done = script("experiments/reasoning", *given)
+    done = in_process("experiments/reasoning", *given)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
