@@ -13,7 +13,8 @@ from experiments.report import MODELS, RESULTS, refresh, table
 from support.script import run
 
 MODEL = "--ckpt FOLDER"
-# {of the paper: (what it shows, script, arguments)}; no script: there is nothing to measure.
+# {of the paper: (what it shows, script, arguments, name of its results where that is not the
+# script's)}; no script: there is nothing to measure.
 CONTENTS = {
     "Table 1": ("methods and their features, in words", None, ""),
     "Table 2": ("perplexity by method and rate", "table2", ""),
@@ -29,7 +30,8 @@ CONTENTS = {
     "Table 12": ("Table 2 with divergence (`table2`) and six reasoning tasks", "reasoning",
                  "--ckpt DENSE RESULT … --data DIR"),
     "Table 13": ("reasoning after LoRA: the same on results of enhance/lora.py", "reasoning",
-                 "--ckpt DENSE RESULT … --data DIR"),
+                 "--ckpt DENSE RESULT … --data DIR --json …/reasoning-lora-NAME.json",
+                 "reasoning-lora"),
     "Table 14": ("retraining, with and without LoRA", "table5", ""),
     "Figure 1": ("the losses along one sweep", "fig1", ""),
     "Figure 2": ("magnitude against influence", "fig2", ""),
@@ -52,11 +54,11 @@ ELSEWHERE = {
 }
 
 
-def outcome(results, script, model):
-    """'3 of 5 hold', 'measured', or '–' for a script on a model."""
-    paths = sorted(results.glob(f"{script}-{model}*.json"))
+def outcome(results, stem, model):
+    """'3 of 5 hold', 'measured', or '–' for a script's results on a model."""
+    paths = sorted(results.glob(f"{stem}-{model}*.json"))
     paths = [path for path in paths if model != "demo" or "demo-adamw" not in path.name]
-    if script is None or not paths:
+    if stem is None or not paths:
         return "–"
     found = json.loads(paths[0].read_text("utf-8"))
     verdicts = found.get("verdicts", ()) if isinstance(found, dict) else ()
@@ -67,10 +69,11 @@ def outcome(results, script, model):
 def contents(results):
     """The table, a row an item of the paper."""
     lines = []
-    for item, (what, script, arguments) in CONTENTS.items():
+    for item, (what, script, arguments, *named) in CONTENTS.items():
+        stem = named[0] if named else script
         command = f"`python experiments/{script}.py {arguments}`".replace(" `", "`")
         lines.append([item, what, command if script else "–",
-                      *(outcome(results, script, model) for model in MODELS)])
+                      *(outcome(results, stem, model) for model in MODELS)])
     for what, elsewhere in ELSEWHERE.items():
         lines.append([what, "not at hand here", f"`{elsewhere}`", *["–"] * len(MODELS)])
     return table(["of the paper", "shows", "command", *MODELS.values()], lines,

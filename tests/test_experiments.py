@@ -626,7 +626,7 @@ def test_the_table_of_contents_has_all_of_the_paper_and_names_what_exists():
     module = importlib.import_module("experiments.contents")
     wanted = {f"Table {i}" for i in range(1, 15)} | {f"Figure {i}" for i in range(1, 9)} | {"A.6", "A.9"}
     assert set(module.CONTENTS) == wanted
-    for _, name, _ in module.CONTENTS.values():
+    for _, name, *_ in module.CONTENTS.values():
         assert name is None or (ROOT / "experiments" / f"{name}.py").exists()
     paper = ROOT.parent / "shared" / "paper" / "air.md"
     if paper.exists():
@@ -634,6 +634,10 @@ def test_the_table_of_contents_has_all_of_the_paper_and_names_what_exists():
         assert named <= wanted
     shown = (ROOT / "experiments" / "README.md").read_text("utf-8")
     assert module.contents(RESULTS) in shown
+    reasoning = importlib.import_module("experiments.reasoning")
+    found = json.loads((RESULTS / "reasoning-smollm2.json").read_text("utf-8"))
+    for what in ("acc", "acc_norm"):
+        assert reasoning.markdown(found, what) in shown
 
 
 def test_outcomes_are_counted_from_the_results(tmp_path):
