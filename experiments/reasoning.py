@@ -73,11 +73,6 @@ def cell(values):
     return f"{mean:.1f} ± {error:.1f}"
 
 
-def named(row):
-    """A row's name: its checkpoint's, its rate and method where it is compressed."""
-    return row["checkpoint"]
-
-
 def hits(row, what):
     """{task: [0 or 1 a row]} of "acc" or "acc_norm"."""
     return {task: [int(each) for each in found[what]] for task, found in row["tasks"].items()
@@ -91,7 +86,7 @@ def markdown(result, what="acc"):
     for row in result["rows"]:
         ours = hits(row, what)
         mean, error = total_error(ours)
-        line = [named(row), *map(cell, ours.values()), f"{mean:.1f} ± {error:.1f}"]
+        line = [row["checkpoint"], *map(cell, ours.values()), f"{mean:.1f} ± {error:.1f}"]
         if row is not result["rows"][0]:
             gap, known = differences(ours, first)
             told_apart = "" if abs(gap) > 2 * known else " (within 2 errors)"
@@ -214,6 +209,7 @@ def main():
     print()
     print(markdown(result, "acc_norm"))
     print("\n" + splits_line(result))
+    print("LLaMA-7B in the paper: " + "; ".join(map(": ".join, PAPER.items())))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Appendix A.9 of the paper: how compressed models go on with a prompt.
 
-    python experiments/samples.py                 # the demo; a minute a rate
+    python experiments/samples.py                 # the demo
 
 The paper's two prompts (a demo that knows Python alone gets two of its own kind), the same
 seed for every model. Writes experiments/results/samples-NAME.json and .md.
