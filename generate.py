@@ -23,7 +23,8 @@ import torch.nn.functional as F
 
 from model import rope, rotate, wide
 from support.checkpoint import Checkpoint
-from support.fast import Graphs, Matrix, SharedInput, align
+from support.fast import (Graphs, Matrix, SharedInput, Weight, align, compiled, matmul,
+                          of_any_rank, of_any_size)
 from support.script import InputError, free_bytes, parser, pick_device, run
 from support.texts import read_prompts, typed
 from support.tokenizer import Chat, Continuation, Tokenizer
@@ -133,33 +134,28 @@ def value_shape(cfg, l, o2=True):
 
 
 class Cache:
-    """Keys (B, G, S, D) and values (B, G, S, D) or (B, 1, S, r_v) of every block.
+    """Keys (B, G, S, D) and values (B, G, S, D) or (B, 1, S, r_v) of a block.
 
     O3, `static`: allocated once, zeroed (a masked column must hold finite numbers),
     written in place. Otherwise grown by concatenation, as most libraries do.
     """
 
-    def __init__(self, shapes, B, S, static, like):
-        """shapes: of each block ((heads, width) of a key, (heads, width) of a value)."""
+    def __init__(self, k, v, static):
+        """k, v: zeroed, of all columns where `static`, else of none."""
+        self.k = k
+        self.v = v
         self.static = static
-        columns = S if static else 0
-        self.k = []
-        self.v = []
-        for (heads, width), (v_heads, v_width) in shapes:
-            self.k.append(like.new_zeros(B, heads, columns, width))
-            self.v.append(like.new_zeros(B, v_heads, columns, v_width))
 
-    def write(self, l, k, v, step):
+    def write(self, k, v, step):
         """Write k, v (B, heads, T, width) into a step's columns; returns what it sees."""
-        for store, new in ((self.k, k), (self.v, v)):
-            if self.static:
-                store[l].index_copy_(2, step.columns, new)
-            else:
-                store[l] = torch.cat((store[l], new), dim=2)
-        return self.k[l][:, :, :step.span], self.v[l][:, :, :step.span]
-
-    def bytes(self):
-        return sum(t.nbytes for t in self.k + self.v)
+        if self.static:
+            self.k.index_copy_(2, step.columns, k)
+            self.v.index_copy_(2, step.columns, v)
+        else:
+            self.k = torch.cat((self.k, k), dim=2)
+            self.v = torch.cat((self.v, v), dim=2)
+        span = len(step.seen)
+        return self.k[:, :, :span], self.v[:, :, :span]
 
 
 @dataclass
@@ -167,15 +163,25 @@ class Step:
     """Where the new columns of a forward pass stand and what they see, in all blocks."""
 
     columns: torch.Tensor       # (T,) of the cache, where the new tokens go
-    span: int                   # how many columns of the cache there are to see
+    seen: torch.Tensor          # (span,) the columns of the cache that there are to see
     rotation: list              # RoPE's (cos, sin) at the new tokens' positions
     late_rotation: list | None  # … at those of the whole span, for keys cached unrotated
     mask: torch.Tensor | None   # added to the scores; None: nothing is masked
 
 
 # ------------------------------------------------------------ attention
+def attention_weights(q, k, mask):
+    """softmax(q kᵀ/√D + mask) over k's columns: (B, G, H/G·T, S)."""
+    scores = matmul(q * q.shape[-1] ** -0.5, k.mT)
+    if mask is not None:
+        scores = scores + mask
+    return wide(scores).softmax(-1).to(q.dtype)
+
+
 def cached_attention(q, k, v, mask):
     """softmax(q kᵀ/√D + mask) v: q (B, G, H/G·T, D); k, v (B, G, S, D) -> as q."""
+    if torch.compiler.is_compiling():
+        return matmul(attention_weights(q, k, mask), v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -188,13 +194,10 @@ def low_rank_attention(q, k, v, U, bias, mask):
     sum to 1. Returns (B, G, H/G, D).
     """
     B, G, heads, D = q.shape                                # heads: query heads a kv head
-    scores = (q * D ** -0.5) @ k.mT                             # (B, G, H/G, S)
-    if mask is not None:
-        scores = scores + mask
-    a = wide(scores).softmax(-1).to(v.dtype)
-    mixed = a.flatten(1, 2)[:, None] @ v              # Σ a_t V_kᵀx_t         (B, 1, H, r)
+    a = attention_weights(q, k, mask)                           # (B, G, H/G, S)
+    mixed = matmul(a.flatten(1, 2)[:, None], v)        # Σ a_t V_kᵀx_t         (B, 1, H, r)
     mixed = mixed.view(B, G, heads, -1).transpose(0, 1)         # (G, B, H/G, r)
-    y = torch.bmm(mixed.flatten(1, 2), U)              # U_k, once a head    (G, B·H/G, D)
+    y = matmul(mixed.flatten(1, 2), U)                 # U_k, once a head    (G, B·H/G, D)
     if bias is not None:
         y = y + bias.view(G, 1, D)
     return y.view(G, B, heads, D).transpose(0, 1)
@@ -204,33 +207,49 @@ def low_rank_attention(q, k, v, U, bias, mask):
 class CachedBlock:
     """A block prepared for decoding: what reads the same input shares a product."""
 
-    def __init__(self, block, cfg, l, o2, fuse):
+    def __init__(self, block, cfg, l, switches):
         self.cfg = cfg
-        self.l = l
+        self.U = None
         # A half that is left out has none.
         self.turns = [half and half.turn for half in (block.self_attn, block.mlp)]
         self.attention_norm = block.input_layernorm.weight
         self.mlp_norm = block.post_attention_layernorm.weight
         self.key_shape = (key_heads(cfg, l), cfg.head_dim)
-        self.value_shape = value_shape(cfg, l, o2)
+        self.value_shape = value_shape(cfg, l, switches.o2)
+        how = {"fuse": switches.fuse}
+        if switches.compile:
+            how = {"fuse": False, "store": Weight}
         if block.self_attn:
-            self.prepare_attention(block.self_attn, cfg, fuse)
+            self.prepare_attention(block.self_attn, cfg, how)
         if block.mlp:
-            self.gate_up = SharedInput(block.mlp.gate_proj, block.mlp.up_proj, fuse=fuse)
-            self.down = SharedInput(block.mlp.down_proj)
+            self.gate_up = SharedInput(block.mlp.gate_proj, block.mlp.up_proj, **how)
+            self.down = SharedInput(block.mlp.down_proj, **how)
 
-    def prepare_attention(self, att, cfg, fuse):
+    def prepare_attention(self, att, cfg, how):
         """What reads the same input shares a product; U_k by kv head."""
         # Qwen3 has a norm over each head of q and k.
         norms = (att.q_norm.weight, att.k_norm.weight) if cfg.qk_norm else (None, None)
         self.q_norm, self.k_norm = norms
-        self.qkv = SharedInput(att.q_proj, att.k_proj, att.v_proj, fuse=fuse)
-        self.o = SharedInput(att.o_proj)
+        self.qkv = SharedInput(att.q_proj, att.k_proj, att.v_proj, **how)
+        self.o = SharedInput(att.o_proj, **how)
         # O2: U_k by kv head, (G, r, D), where the values are cached as V_kᵀx.
-        self.U = None
         full = (cfg.n_kv_heads, cfg.head_dim)
         if self.value_shape != full:
             self.U = att.v_proj.U.weight.unflatten(0, full).mT
+
+    def vary(self):
+        """Its weights are to be compiled for other blocks' ranks, too."""
+        for layers in vars(self).values():
+            if isinstance(layers, SharedInput):
+                of_any_rank(layers)
+        if self.U is not None:
+            of_any_size(self.U, 1)
+
+    def empty_cache(self, B, columns, like, static):
+        """Its Cache of B rows, in the dtype and on the device of `like`."""
+        stores = [like.new_zeros(B, heads, columns, width)
+                  for heads, width in (self.key_shape, self.value_shape)]
+        return Cache(*stores, static)
 
     def __call__(self, x, cache, step):
         """x (B, T, dim) -> (B, T, dim); writes the new columns of `cache`."""
@@ -266,7 +285,7 @@ class CachedBlock:
             q = rotate(q, step.rotation)
         # O2: values are cached as V_kᵀx, (B, 1, T, r).
         v = self.heads(self.qkv.outer(2, v)) if self.U is None else v[:, None]
-        k, v = cache.write(self.l, k, v, step)
+        k, v = cache.write(k, v, step)
         if step.late_rotation is not None:
             k = rotate(k, step.late_rotation)
         q = q.reshape(B, G, -1, D)                                      # (B, G, H/G·T, D)
@@ -288,31 +307,49 @@ class CachedBlock:
         return F.rms_norm(x, weight.shape, weight, self.cfg.norm_eps)
 
 
+@dataclass
+class Switches:
+    """What makes decoding fast; each can be switched alone, the logits stay the same."""
+
+    o1: bool = True             # keys are cached rotated
+    o2: bool = True             # values are cached as V_kᵀx
+    o3: bool = True             # the cache is allocated once
+    fuse: bool = True           # layers that read the same input share one product
+    graph: bool = True          # CUDA: a step is captured once and replayed; needs o3
+    compile: bool = False       # torch.compile makes one kernel of a block; needs o3
+
+
 class Decoder:
     """A model prepared for generation: `prefill` a batch, then `step` one token a row.
 
-    o1, o2, o3: see the top of this file. fuse: layers that read the same input share
-    one product. graph: on CUDA a step, drawing included, is captured once and replayed;
-    needs o3. Each can be switched off alone: the logits stay the model's, whose weights
-    are taken over, not copied.
+    switches: those of Switches. The model's weights are taken over, not copied.
     """
 
-    def __init__(self, model, o1=True, o2=True, o3=True, fuse=True, graph=True):
+    def __init__(self, model, **switches):
+        self.on = Switches(**switches)
+        self.on.compile &= self.on.o3                       # a growing cache is never the same
         self.model = model
         self.cfg = model.cfg
-        self.o1 = o1
-        self.o2 = o2
-        self.o3 = o3
         self.embedding = model.model.embed_tokens.weight
         self.norm = model.model.norm.weight
         self.device = self.embedding.device
         self.dtype = self.embedding.dtype
-        self.graph = graph and o3 and self.device.type == "cuda"
-        self.head = Matrix(model.lm_head.weight)
+        self.graph = self.on.graph and self.on.o3 and self.device.type == "cuda"
+        store = Weight if self.on.compile else Matrix
+        self.head = store(model.lm_head.weight)
         if self.device.type == "cuda":
             align(model)
-        self.blocks = [CachedBlock(block, self.cfg, l, o2, fuse)
+        self.blocks = [CachedBlock(block, self.cfg, l, self.on)
                        for l, block in enumerate(model.model.layers)]
+        # What a step runs; a prompt runs the plain ones.
+        self.fast_block = CachedBlock.__call__
+        self.fast_logits = Decoder.last_logits
+        if self.on.compile:
+            # All blocks are alike but for their ranks: compiled once.
+            self.fast_block = compiled(self.fast_block)
+            self.fast_logits = compiled(self.fast_logits)
+            for block in self.blocks:
+                block.vary()
 
     @torch.no_grad()
     def prefill(self, prompts, steps):
@@ -344,8 +381,13 @@ class Decoder:
         self.start = start if start.any() else None                     # (B,)
         tables = rope(self.cfg, self.width, self.device)
         self.angles = [table.to(self.dtype) for table in tables]        # (S, D)
-        shapes = [(block.key_shape, block.value_shape) for block in self.blocks]
-        self.cache = Cache(shapes, B, self.width, self.o3, self.embedding)
+        columns = self.width if self.on.o3 else 0
+        self.cache = [block.empty_cache(B, columns, self.embedding, self.on.o3)
+                      for block in self.blocks]
+        if self.on.compile:
+            for cache in self.cache:
+                of_any_size(cache.k, 2)
+                of_any_size(cache.v, 2, 3)
         self.token = torch.zeros(B, dtype=torch.long, device=self.device)
         self.sampler = lambda logits: self.token
         # The next column, on the device and here.
@@ -377,14 +419,26 @@ class Decoder:
         """Ids (B, T) in `columns` (T,) that see `span` -> the last logits (B, vocab)."""
         # One query in the last column sees every column: only padding is to be masked.
         alone = ids.shape[1] == 1 and not self.graph
-        mask = None if alone and self.start is None else self.mask(columns, span)
-        late = None
-        if not self.o1:
-            late = self.rotation(torch.arange(span, device=self.device))
-        step = Step(columns, span, self.rotation(columns), late, mask)
+        seen = torch.arange(span, device=self.device)
+        mask = None if alone and self.start is None else self.mask(columns, seen)
+        late = None if self.on.o1 else self.rotation(seen)
+        step = Step(columns, seen, self.rotation(columns), late, mask)
+        if self.on.compile:
+            of_any_size(seen, 0)
+            if mask is not None:
+                of_any_size(mask, 3)
+        run_block = CachedBlock.__call__
+        to_logits = Decoder.last_logits
+        if ids.shape[1] == 1:
+            run_block = self.fast_block
+            to_logits = self.fast_logits
         x = F.embedding(ids, self.embedding)                            # (B, T, dim)
-        for block in self.blocks:
-            x = block(x, self.cache, step)
+        for block, cache in zip(self.blocks, self.cache):
+            x = run_block(block, x, cache, step)
+        return to_logits(self, x)
+
+    def last_logits(self, x):
+        """The last block's output (B, T, dim) -> the last column's logits (B, vocab)."""
         x = F.rms_norm(x[:, -1:], self.norm.shape, self.norm, self.cfg.norm_eps)
         return self.head(x)[0][:, 0]
 
@@ -395,15 +449,14 @@ class Decoder:
             position = (columns - self.start[:, None]).clamp_min(0)     # (B, T)
         return [table[position].unsqueeze(-3) for table in self.angles]
 
-    def mask(self, columns, span):
-        """0 where a query in `columns` (T,) sees a column of the cache, else -inf.
+    def mask(self, columns, every):
+        """0 where a query in `columns` (T,) sees one of `every` (span,) column, else -inf.
 
         (1, 1, H/G·T, span), or (B, 1, H/G·T, span) where rows begin apart.
 
         It sees those up to its own, from its row's start on. Padding sees itself, so
         that its own numbers stay finite.
         """
-        every = torch.arange(span, device=self.device)
         own = columns[:, None]
         seen = every <= own                                             # (T, span)
         if self.start is not None:
@@ -413,12 +466,16 @@ class Decoder:
         mask.masked_fill_(~seen, -math.inf)
         # Every query head of a group sees the same.
         groups = self.cfg.n_heads // self.cfg.n_kv_heads
-        return mask.view(-1, 1, len(columns), span).repeat(1, 1, groups, 1)
+        return mask.view(-1, 1, len(columns), len(every)).repeat(1, 1, groups, 1)
+
+    def cache_bytes(self):
+        return sum(cache.k.nbytes + cache.v.nbytes for cache in self.cache)
 
     def check_memory(self, B, T):
         free = free_bytes(self.device)
         shape = (B, T, self.width)
-        need = sum(estimate(self.cfg, shape, self.dtype, self.o1, self.o2, self.o3))
+        on = self.on
+        need = sum(estimate(self.cfg, shape, self.dtype, on.o1, on.o2, on.o3))
         if free is not None and need > free:
             raise InputError(
                 f"{B} x {self.width} tokens need about {need / 1e9:.2f} GB beside the "
@@ -520,6 +577,8 @@ def parse_arguments():
                    help="end before this text; can be given more than once")
     p.add_argument("--off", nargs="+", default=[], help="switch these off",
                    choices=("o1", "o2", "o3", "fuse", "graph"))
+    p.add_argument("--compile", action="store_true",
+                   help="torch.compile a step first, which takes some ten seconds")
     p.add_argument("--stats", action="store_true",
                    help="tokens a second, time to the first token, bytes of the cache")
     return p.parse_args()
@@ -553,8 +612,8 @@ def speed_line(decoder, marks):
     later = sum(tokens for _, tokens in marks[1:])
     rate = later / (last - first) if later else math.nan
     rows = len(decoder.token)
-    columns = decoder.width if decoder.o3 else decoder.filled
-    size = decoder.cache.bytes()
+    columns = decoder.width if decoder.on.o3 else decoder.filled
+    size = decoder.cache_bytes()
     return (f"{rate:.1f} tokens/s after the first, which took {first:.3f} s; "
             f"cache of {rows} x {columns} tokens: {size:,} bytes")
 
@@ -579,7 +638,8 @@ def main():
         ids = [chat.encode(prompt) for prompt in prompts]
         starts = [("", ())] * len(ids)
     check_prompts(ids, ckpt.cfg)
-    decoder = Decoder(ckpt.model(device, dtype), **{name: False for name in args.off})
+    switches = {name: False for name in args.off} | {"compile": args.compile}
+    decoder = Decoder(ckpt.model(device, dtype), **switches)
 
     # One prompt is printed as it grows, several when all have ended.
     live = len(ids) == 1

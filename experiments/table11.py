@@ -121,7 +121,7 @@ def measure(spec):
     return {
         "oom": peak > budget,
         "peak_bytes": peak,
-        "cache_bytes": decoder.cache.bytes(),
+        "cache_bytes": decoder.cache_bytes(),
         "us_per_token": 1e6 * statistics.mean(plain) / spec["batch"],
         "step_ms": 1e3 * statistics.median(plain),
         "first_token_s": first,

@@ -3,10 +3,14 @@
 Signatures are the same, too. Read `truncated_svd` and `als_sweep` in air.py and the block
 in model.py first; tests/test_fast.py and tests/test_generate.py hold these to them.
 """
+import os
+import shutil
+
 import torch
 import torch.nn.functional as F
 
-from model import LowRank
+from model import LowRank, wide
+from support.script import InputError
 
 FROM = 512          # the width of a weight's narrower side from which all this pays
 
@@ -177,25 +181,41 @@ class Matrix:
         return y.split(self.sizes, dim=-1)[:-1]
 
 
+class Weight:
+    """A weight (m, n) as it is stored, for a compiled step: x (…, n) -> [x wᵀ (…, m)].
+
+    There one row is multiplied by a sum, which fuses with what stands around it.
+    """
+
+    def __init__(self, weight):
+        self.w = weight.detach()
+
+    def __call__(self, x):
+        if x.numel() > x.shape[-1] or not torch.compiler.is_compiling():
+            return [F.linear(x, self.w)]
+        y = (wide(self.w) * wide(x)[..., None, :]).sum(-1)
+        return [y.to(x.dtype)]
+
+
 class SharedInput:
     """Layers of one input: one product with their inner factors, one with each outer.
 
     The inner factor of a low-rank layer is V, of a dense one W; the outer is U, or
-    nothing. `fuse` False: one product with each inner factor.
+    nothing. `fuse` False: one product with each inner factor. `store`: Matrix or Weight.
     """
 
-    def __init__(self, *layers, fuse=True):
+    def __init__(self, *layers, fuse=True, store=Matrix):
         first = [layer.V if isinstance(layer, LowRank) else layer for layer in layers]
         last = [layer.U if isinstance(layer, LowRank) else layer for layer in layers]
         inner = [layer.weight for layer in first]
         if fuse:
-            self.V = [Matrix(*inner)]
+            self.V = [store(*inner)]
         else:
-            self.V = [Matrix(weight) for weight in inner]
+            self.V = [store(weight) for weight in inner]
         self.U = []
         for V, U in zip(first, last):
             # A dense layer is all inner.
-            self.U.append(None if U.weight is V.weight else Matrix(U.weight))
+            self.U.append(None if U.weight is V.weight else store(U.weight))
         self.bias = [layer.bias for layer in last]
 
     def inner(self, x):
@@ -226,6 +246,51 @@ def align(model, multiple=8):
         padding = -len(V) % multiple
         V.data = F.pad(V, (0, 0, 0, padding))               # (k + padding, n)
         U.data = F.pad(U, (0, padding))                     # (m, k + padding)
+
+
+# ------------------------------------------------------------ a compiled step
+def compiled(function):
+    """`function` as torch.compile makes it at its first call.
+
+    Raises InputError where there is no C++ compiler, or where it fails.
+    """
+    from torch._dynamo.exc import TorchDynamoException      # a second; only where it is used
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise InputError(f"--compile needs a C++ compiler, found no {compiler}; install "
+                         "one, name it in CXX, or leave --compile out")
+    # Each decoder's own; another number of rows is compiled once more.
+    fast = torch.compile(function, fullgraph=True, isolate_recompiles=True, recompile_limit=64)
+
+    def run(*args):
+        try:
+            return fast(*args)
+        except TorchDynamoException as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(f"torch.compile failed ({reason}); it needs a C++ compiler and "
+                             "Python's headers; leave --compile out") from error
+    return run
+
+
+def matmul(a, b):
+    """a (…, m, n) @ b (…, n, p); while it is compiled a sum, which fuses with the rest."""
+    if not torch.compiler.is_compiling():
+        return a @ b
+    return (wide(a)[..., None] * wide(b)[..., None, :, :]).sum(-2).to(a.dtype)
+
+
+def of_any_size(tensor, *dimensions):
+    """A tensor that is to be compiled once for all sizes of its `dimensions`."""
+    for i in dimensions:
+        torch._dynamo.maybe_mark_dynamic(tensor, i)
+
+
+def of_any_rank(layers):
+    """A SharedInput whose ranks differ from block to block."""
+    for V, U in zip(layers.V, layers.U):
+        if U is not None:
+            of_any_size(V.w, 0)
+            of_any_size(U.w, 1)
 
 
 # ------------------------------------------------------------ a step on CUDA

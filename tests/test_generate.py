@@ -1,6 +1,8 @@
 """generate.py: every cached path against the uncached model, bytes of the cache, the drawing of tokens, the command."""
 import itertools
 import math
+import os
+import shutil
 import sys
 
 import pytest
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate as G
-from conftest import ROOT, TINY, script, write_checkpoint
+from conftest import ROOT, TINY, in_process, script, write_checkpoint
 from experiments import fig4, table9, table11
 from experiments.shapes import SHAPES, at_rate, random_model
 from model import LAYERS, Llama, LowRank
@@ -68,7 +70,12 @@ def follow(decoder, ids, lengths, each=None):
         logits = step(torch.stack([row[n + i] for row, n in zip(ids, lengths)]))
 
 
-SWITCHES = list(itertools.product((True, False), repeat=4))
+def stored(decoder):
+    """[(keys, values)] of every block's cache."""
+    return [(cache.k, cache.v) for cache in decoder.cache]
+
+
+SWITCHES = [dict(zip(("o1", "o2", "o3", "fuse"), on)) for on in itertools.product((True, False), repeat=4)]
 
 
 @pytest.mark.parametrize("prompts", PROMPTS)
@@ -76,11 +83,11 @@ def test_cached_logits_equal_the_uncached_models(case, prompts, monkeypatch):
     """At every step, with every combination of O1, O2, O3 and fused projections, the prompt in one piece or in many."""
     model, rows = case
     ids, expected = rows[prompts]
-    for (o1, o2, o3, fuse), chunk in itertools.product(SWITCHES, (2048, 6)):    # 6: pieces of 2 columns for 3 prompts
+    for switches, chunk in itertools.product(SWITCHES, (2048, 6)):              # 6: pieces of 2 columns for 3 prompts
         monkeypatch.setattr(G, "CHUNK", chunk)
-        decoder = G.Decoder(model, o1, o2, o3, fuse)
+        decoder = G.Decoder(model, **switches)
         for b, t, logits in follow(decoder, ids, PROMPTS[prompts]):
-            assert (logits - expected[b][t]).abs().max() < 1e-4, (o1, o2, o3, fuse, chunk, b, t)
+            assert (logits - expected[b][t]).abs().max() < 1e-4, (switches, chunk, b, t)
     assert torch.equal(model(ids[0][None])[0], expected[0])                 # taken over, and still the same model
     own = {w.untyped_storage().data_ptr() for w in model.parameters()}      # and held once
     assert all(block.U is None or block.U.untyped_storage().data_ptr() in own for block in decoder.blocks)
@@ -155,7 +162,7 @@ def test_greedy_tokens_are_the_uncached_models(case):
             for _ in range(STEPS):
                 row.append(model(torch.tensor([row]))[0, -1].argmax().item())
         for switches in (SWITCHES[0], SWITCHES[-1]):
-            steps = list(G.generate(G.Decoder(model, *switches), prompts, STEPS, temperature=0))
+            steps = list(G.generate(G.Decoder(model, **switches), prompts, STEPS, temperature=0))
             assert [p + list(row) for p, row in zip(prompts, zip(*steps))] == expected
 
 
@@ -188,12 +195,12 @@ def test_cache_holds_exactly_keys_and_ranks(case):
         decoder.prefill([[1, 2, 3], [4, 5]], 6)
         columns = 9 if o3 else 3                                            # allocated at once, or as far as grown
         r = cfg.ranks.get("model.layers.0.self_attn.v_proj", full)
-        for k, v in zip(decoder.cache.k, decoder.cache.v):
+        for k, v in stored(decoder):
             assert k.nbytes == 2 * columns * full * dtype.itemsize
             assert v.nbytes == 2 * columns * (min(r, full) if o2 else full) * dtype.itemsize
             assert k.untyped_storage().nbytes() == k.nbytes and v.untyped_storage().nbytes() == v.nbytes
         if o3:
-            assert decoder.cache.bytes() == G.estimate(cfg, (2, 3, 9), dtype, o2=o2)[0]
+            assert decoder.cache_bytes() == G.estimate(cfg, (2, 3, 9), dtype, o2=o2)[0]
 
 
 def test_a_padded_row_caches_what_it_caches_alone(case):
@@ -205,7 +212,8 @@ def test_a_padded_row_caches_what_it_caches_alone(case):
         together.prefill([row[:n] for row, n in zip(ids, lengths)], 1)
         for b, n in enumerate(lengths):
             alone.prefill([ids[b][:n]], 1)
-            for a, c in zip(together.cache.k + together.cache.v, alone.cache.k + alone.cache.v):
+            pairs = zip(itertools.chain(*stored(together)), itertools.chain(*stored(alone)))
+            for a, c in pairs:
                 assert (a[b, :, max(lengths) - n:max(lengths)] - c[0, :, :n]).abs().max() < 1e-5
 
 
@@ -237,21 +245,21 @@ def test_prefill_memory_is_linear_and_decoding_expands_no_cache():
     assert largest[1024] <= 2.1 * largest[512]
     with Sizes() as sizes:
         decoder.step(torch.ones(8, dtype=torch.long))
-    cache = {t.numel() for t in decoder.cache.k + decoder.cache.v}
+    cache = {t.numel() for pair in stored(decoder) for t in pair}
     others = [n for n in sizes.seen if n not in cache]
     assert max(others) <= 8 * 4 * 1025                                      # the scores; expanded keys: 8 times that
 
 
 def test_a_stored_matrix_multiplies_as_linear_does():
-    for m, n in ((10, 7), (11, 7), (64, 33), (66, 33), (32, 5), (1, 1)):
+    for m, n in ((10, 7), (11, 7), (64, 33), (66, 33), (32, 5), (1, 1), (1, 40), (7, 40), (8, 40), (33, 40), (90, 7)):
         x, w = torch.randn(1, 1, n), torch.randn(m, n)
         before, matrix = w.clone(), fast.Matrix(w)
         y, = matrix(x)
         assert torch.equal(w, before) and y.shape == (1, 1, m)
         assert w.untyped_storage().data_ptr() == matrix.w.untyped_storage().data_ptr()     # not held twice
         assert torch.allclose(y.double(), x.double() @ w.double().T, atol=1e-5)
-        for rows in (6, fast.FEW + 2):
-            x = torch.randn(2, rows // 2, n)
+        for rows in (1, 6, 31, 32, 33):
+            x = torch.randn(rows, 1, n)
             assert torch.allclose(matrix(x)[0], F.linear(x, before), atol=1e-5)
     x, parts = torch.randn(1, 1, 33), [torch.randn(m, 33) for m in (11, 64, 2)]
     for y, w in zip(fast.Matrix(*parts)(x), parts, strict=True):
@@ -271,6 +279,58 @@ def test_alignment_changes_no_logit(case):
     ids, expected = rows["unequal"]
     for b, t, logits in follow(G.Decoder(padded), ids, PROMPTS["unequal"]):
         assert (logits - expected[b][t]).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------- compiled
+compiles = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+UNLIKE = {f"model.layers.{l}.{name}": 7 + (3 * l + 5 * i) % 8 for l in (0, 1) for i, name in enumerate(LAYERS)}
+
+
+@compiles
+def test_a_compiled_step_is_the_plain_step_and_is_compiled_once(tmp_path):
+    """Logits to 1e-4 and the same greedy tokens; one compilation for blocks of unlike ranks and a cache that grows."""
+    config = dict(CASES["norms of q and k low-rank"], air={"ranks": UNLIKE})
+    model = Checkpoint(write_checkpoint(tmp_path, config)).model()
+    own = {w.untyped_storage().data_ptr() for w in model.parameters()}
+    ids = torch.randint(64, (5 + STEPS,), generator=torch.Generator().manual_seed(3))
+    expected = model(ids[None])[0]
+    decoder = G.Decoder(model, compile=True)
+    assert {w.untyped_storage().data_ptr() for w in model.parameters()} == own              # the weights as they were
+    decoder.prefill([ids[:5].tolist()], STEPS + 1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for t in range(5, 5 + STEPS):
+            assert (decoder.step(ids[t:t + 1])[0] - expected[t]).abs().max() < 1e-4, t
+        # Another prompt, a longer cache.
+        ours = list(G.generate(decoder, [ids[:9].tolist()], 3 * STEPS, temperature=0))
+    assert ours == list(G.generate(G.Decoder(model), [ids[:9].tolist()], 3 * STEPS, temperature=0))
+
+
+@compiles
+def test_a_compiled_step_of_padded_rows(tmp_path):
+    """Rows that begin apart, so masked; dense attention; a layer of rank 1 beside dense ones."""
+    config = dict(TINY, tie_word_embeddings=True, **ranks(1, layers=("mlp.up_proj",)))
+    model = Checkpoint(write_checkpoint(tmp_path, config)).model()
+    plain, fast = (G.Decoder(model, compile=compile) for compile in (False, True))
+    for decoder in (plain, fast):
+        decoder.prefill([[5, 6, 7, 8], [9]], STEPS + 1)
+    for i in range(STEPS):
+        a, b = (decoder.step(torch.tensor([3 + i, 20 + i])) for decoder in (plain, fast))
+        assert (a - b).abs().max() < 1e-4, i
+
+
+def test_no_compiler_is_said_in_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = in_process("generate", "--ckpt", ROOT / "demo", "--compile", "--max-new-tokens", "2")
+    err = done.stderr
+    assert done.returncode == 2 and "found no no-such-compiler" in err and "CXX" in err and "Traceback" not in err
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))                  # nothing of earlier runs
+    done = script("generate", "--ckpt", ROOT / "demo", "--compile", "--max-new-tokens", "2")
+    err = done.stderr
+    assert done.returncode == 2 and "torch.compile failed" in err and "Traceback" not in err and err.count("\n") < 5
 
 
 # ---------------------------------------------------------------------------------------------- drawing

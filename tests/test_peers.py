@@ -199,7 +199,7 @@ def test_a_left_out_attention_keeps_no_cache(tmp_path, windows):
     for each in (ckpt, small):
         decoder = Decoder(each.model())
         decoder.prefill([windows[0].tolist()], 4)
-        caches.append(decoder.cache.bytes())
+        caches.append(decoder.cache_bytes())
         shape = (1, windows.shape[1], decoder.width)
         assert estimate(each.cfg, shape, torch.float32)[0] == caches[-1]
     assert caches[1] == caches[0] * (ckpt.cfg.n_layers - 1) // ckpt.cfg.n_layers
