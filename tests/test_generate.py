@@ -1,5 +1,6 @@
 """generate.py: every cached path against the uncached model, bytes of the cache, the drawing of tokens, the command."""
 import itertools
+import json
 import math
 import os
 import shutil
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate as G
 from conftest import ROOT, TINY, in_process, script, write_checkpoint
-from experiments import fig4, table9, table11
+from experiments import decode, fig4, table9, table11
 from experiments.shapes import SHAPES, at_rate, random_model
 from model import LAYERS, Llama, LowRank
 from support import fast
@@ -518,3 +519,37 @@ def test_a_row_of_the_tables(capfd):
     assert fig4.ratio([row | dict(oom=True), base], 2, 13, "us_per_token", "growing") == "OOM"
     with pytest.raises(InputError, match="beyond the shape's context of 512"):
         table11.run_row(spec | dict(new_tokens=600))
+
+
+# ---------------------------------------------------------------------------------------------- experiments/decode.py
+def test_sides_take_turns(tmp_path, monkeypatch, capsys):
+    """Every side at every batch and prompt, a number a round; ratios are those of the rounds."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)                                 # nothing is compiled
+    arguments = "--tokens 3 --rounds 2 --batches 1,2 --prompts 8 --dtypes float32 --out"
+    monkeypatch.setattr(sys, "argv", ["decode.py", *arguments.split(), str(tmp_path / "d.json")])
+    decode.main()
+    rows = json.loads((tmp_path / "d.json").read_text())["rows"]
+    ours = [row for row in rows if row["side"] in ("dense", "0.6")]
+    assert [(r["side"], r["batch"], r["prompt"], r["tokens"]) for r in ours] == [
+        (side, *what) for what in ((1, 32, 3), (2, 32, 3), (1, 8, 1)) for side in ("dense", "0.6")]
+    assert all(len(r["tokens_per_s"]) == len(r["prompt_per_s"]) == 2 for r in ours)
+    assert all(x > 0 for r in ours for x in r["prompt_per_s"] + r["tokens_per_s"] * (r["tokens"] > 1))
+    low, dense = ours[1]["tokens_per_s"], ours[0]["tokens_per_s"]
+    assert f"| {(low[0] / dense[0] + low[1] / dense[1]) / 2:.2f} |" in capsys.readouterr().out
+
+
+def test_a_gguf_file_holds_the_dense_weights(tmp_path):
+    """Read by the package gguf: every name is one of llama's, every weight and number the model's."""
+    gguf = pytest.importorskip("gguf", reason="needs the package gguf")
+    config = dict(SHAPES["demo"], num_hidden_layers=2)
+    model = random_model(config)
+    reader = gguf.GGUFReader(decode.write_gguf(tmp_path / "m.gguf", config, model))
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    state = model.state_dict()
+    assert len(reader.tensors) == len(state)
+    for name, w in state.items():
+        theirs = known.get_name(name, try_suffixes=(".weight",))
+        tensor, = (t for t in reader.tensors if t.name == theirs)
+        assert torch.equal(torch.from_numpy(tensor.data.copy()), w), name
+    assert reader.get_field("llama.attention.head_count_kv").contents() == model.cfg.n_kv_heads
+    assert reader.get_field("llama.feed_forward_length").contents() == model.cfg.hidden

@@ -22,6 +22,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 import air
 from config_sweep import sweep
 from conftest import ROOT, TINY, write_checkpoint
+from experiments import decode
+from experiments.shapes import SHAPES, random_model
 from model import LAYERS, Llama
 from public_configs import CONFIGS
 from support import export
@@ -318,3 +320,15 @@ def test_the_tokenizer_is_the_sources(name, tokenizer, tmp_path):
     result = AutoTokenizer.from_pretrained(tmp_path / "result", trust_remote_code=True)
     text = "def read(self):\n    return  'äöü'"
     assert result(text).input_ids == source(text).input_ids and len(result(text).input_ids) > 30
+
+
+def test_a_timed_side_has_our_weights(tmp_path):
+    """experiments/decode.py times transformers with our dense weights: same logits, and a moment a token."""
+    config = dict(SHAPES["demo"], num_hidden_layers=2, tie_word_embeddings=True)
+    model = random_model(config)
+    theirs = decode.transformers_model(config, model)
+    ids = torch.randint(2048, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert farthest(theirs(ids).logits, model(ids)) < 1e-4
+    marks = decode.transformers_side(config, model)(ids.tolist(), 5)
+    assert len(marks) == 6 and marks == sorted(marks)

@@ -1,0 +1,284 @@
+"""Tokens a second: decoding and prompts, dense and compressed, beside other programs.
+
+    python experiments/decode.py --ckpt data/smollm2            # SmolLM2-135M's shape
+    python experiments/decode.py --shape tinyllama --batches 1
+
+Random weights of the shape, random prompts, greedy, no end of text. All sides take turns
+in one process (A B C A B C …) after one turn that warms up; a table shows medians and
+quartiles over the rounds, ratios are taken round by round. transformers (its `generate`)
+and llama.cpp (the package llama-cpp-python) join in where they are installed, with the same
+dense weights. Writes experiments/results/decode-SHAPE-DEVICE.json (--out: another name).
+"""
+import argparse
+import importlib
+import math
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from experiments.report import table
+from experiments.shapes import SHAPES, at_rate, random_model
+from experiments.table11 import machine, save
+from generate import Decoder, generate
+from support.config import parse_config
+from support.script import ROOT, InputError, read_json, run
+
+GGUF_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+# ------------------------------------------------------------ sides
+# A side is a function (prompts, n) -> n + 1 moments: the start, and each new token's.
+def ours(model, **switches):
+    """generate.py."""
+    decoder = Decoder(model, **switches)
+
+    def side(prompts, n):
+        marks = [time.perf_counter()]
+        for _ in generate(decoder, prompts, n, temperature=0):
+            marks.append(time.perf_counter())
+        return marks
+    return side
+
+
+def transformers_model(config, model):
+    """Transformers' own of a config.json, with the weights of our dense `model`."""
+    package = importlib.import_module("transformers")
+    settings = package.AutoConfig.for_model(**config | {"eos_token_id": None})
+    with torch.device("meta"):
+        theirs = package.AutoModelForCausalLM.from_config(settings)
+    theirs.load_state_dict(model.state_dict(), assign=True)
+    # RoPE's frequencies are no weights: made again, on the device.
+    device = model.lm_head.weight.device
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(settings).to(device)
+    theirs.generation_config.eos_token_id = None
+    return theirs
+
+
+def transformers_side(config, model):
+    """`generate` of transformers."""
+    theirs = transformers_model(config, model)
+
+    def side(prompts, n):
+        marks = []
+
+        def stop(ids, scores, **_):
+            marks.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        ids = torch.tensor(prompts, device=theirs.device)
+        start = time.perf_counter()
+        with torch.no_grad():
+            theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n,
+                            do_sample=False, stopping_criteria=[stop])
+        return [start, *marks]
+    return side
+
+
+def llama_cpp_side(config, model, folder):
+    """llama.cpp with the weights of our dense `model`, one prompt at a time."""
+    package = importlib.import_module("llama_cpp")
+    path = write_gguf(Path(folder, "model.gguf"), config, model)
+    engine = package.Llama(str(path), n_ctx=config["max_position_embeddings"], verbose=False,
+                           n_threads=torch.get_num_threads(), n_batch=512)
+
+    def side(prompts, n):
+        engine.reset()
+        marks = [time.perf_counter()]
+        for _, _ in zip(range(n), engine.generate(prompts[0], temp=0.0)):
+            marks.append(time.perf_counter())
+        return marks
+    return side
+
+
+NAMES = {       # ours: GGUF's
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm", "model.layers": "blk",
+}
+
+
+def gguf_name(name):
+    """Of a tensor, in GGUF's words."""
+    for own, theirs in NAMES.items():
+        name = name.replace(own, theirs)
+    return name
+
+
+def write_gguf(path, config, model):
+    """A dense Llama as a GGUF file without a vocabulary, in its dtype; returns `path`.
+
+    For timing alone: q and k keep the order of their rows, which llama.cpp rotates otherwise.
+    """
+    gguf = importlib.import_module("gguf")
+    cfg = model.cfg
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(cfg.context)
+    writer.add_embedding_length(cfg.dim)
+    writer.add_block_count(cfg.n_layers)
+    writer.add_feed_forward_length(cfg.hidden)
+    writer.add_head_count(cfg.n_heads)
+    writer.add_head_count_kv(cfg.n_kv_heads)
+    writer.add_rope_dimension_count(cfg.head_dim)
+    writer.add_rope_freq_base(cfg.rope_theta)
+    writer.add_layer_norm_rms_eps(cfg.norm_eps)
+    writer.add_vocab_size(cfg.vocab)
+    writer.add_tokenizer_model("none")
+    for name, w in model.state_dict().items():
+        if name == "lm_head.weight" and cfg.tied:
+            continue
+        kind = gguf.GGMLQuantizationType[GGUF_TYPES[w.dtype] if w.dim() > 1 else "F32"]
+        data = gguf.quants.quantize(w.float().cpu().numpy(), kind)
+        writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def there(package):
+    return importlib.util.find_spec(package) is not None
+
+
+def sides_of(config, rate, device, dtype, folder):
+    """{name: side} of what is installed here; the dense models share their weights."""
+    dense = random_model(config, device, dtype)
+    small = at_rate(config, rate)
+    sides = {"dense": ours(random_model(config, device, dtype)),
+             f"{rate:g}": ours(random_model(small, device, dtype))}
+    if shutil.which("g++") or device.type == "cuda":
+        sides["dense, compiled"] = ours(dense, compile=True)
+        sides[f"{rate:g}, compiled"] = ours(random_model(small, device, dtype), compile=True)
+    if there("transformers"):
+        sides["transformers"] = transformers_side(config, dense)
+    if there("llama_cpp") and there("gguf") and device.type == "cpu":
+        sides["llama.cpp"] = llama_cpp_side(config, dense, folder)
+    return sides
+
+
+# ------------------------------------------------------------ turns
+def in_turn(sides, prompts, n, rounds):
+    """{side: ([seconds of the prompt and the first token], [of each later one])}, one number
+    a round; a round that warms up is not counted."""
+    log = {name: ([], []) for name in sides}
+    for i in range(rounds + 1):
+        for name, side in sides.items():
+            start, first, *later = side(prompts, n)
+            if i:
+                log[name][0].append(first - start)
+                log[name][1].append((later[-1] - first) / len(later) if later else math.nan)
+    return log
+
+
+def rows_of(sides, what, common, rounds):
+    """A row a side for `what` (batch, tokens of a prompt, new tokens)."""
+    batch, length, n = what
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(common["vocab"], (batch, length), generator=generator).tolist()
+    able = {name: side for name, side in sides.items() if batch == 1 or name != "llama.cpp"}
+    log = in_turn(able, prompts, n, rounds)
+    rows = []
+    for name, (first, later) in log.items():
+        rows.append(common | {"side": name, "batch": batch, "prompt": length, "tokens": n,
+                              "prompt_per_s": [batch * length / s for s in first],
+                              "tokens_per_s": [batch / s for s in later]})
+        speed = statistics.median(rows[-1]["tokens_per_s" if n > 1 else "prompt_per_s"])
+        print(f"{common['dtype']}  batch {batch}  prompt {length}  {name:<16} {speed:,.1f} /s",
+              file=sys.stderr, flush=True)
+    return rows
+
+
+# ------------------------------------------------------------ the table
+def quartiles(numbers):
+    """Median (lower–upper quartile)."""
+    if len(numbers) < 2:
+        return f"{numbers[0]:,.1f}"
+    low, middle, high = statistics.quantiles(numbers, n=4, method="inclusive")
+    return f"{middle:,.1f} ({low:,.1f}–{high:,.1f})"
+
+
+def against(row, rows, base, key):
+    """Median of a row's ratios to the side `base`'s, round by round."""
+    other = [each for each in rows if each["side"] == base]
+    if not other:
+        return ""
+    return f"{statistics.median(a / b for a, b in zip(row[key], other[0][key])):.2f}"
+
+
+def markdown(rows):
+    """A line a side, for each dtype, batch and prompt."""
+    lines = []
+    for place in dict.fromkeys((r["dtype"], r["batch"], r["prompt"], r["tokens"]) for r in rows):
+        same = [r for r in rows if (r["dtype"], r["batch"], r["prompt"], r["tokens"]) == place]
+        dtype, batch, length, n = place
+        key = "tokens_per_s" if n > 1 else "prompt_per_s"
+        for row in same:
+            twin = "dense, compiled" if "compiled" in row["side"] else "dense"
+            what = f"batch {batch}" if n > 1 else f"prompt of {length}"
+            lines.append([dtype, what, row["side"], quartiles(row[key]),
+                          against(row, same, twin, key),
+                          against(row, same, "transformers", key)])
+    return table(["", "", "", "tokens/s", "of dense", "of transformers"], lines, left=3)
+
+
+# ------------------------------------------------------------ the command
+def parse_arguments():
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--shape", choices=SHAPES, default="demo")
+    p.add_argument("--ckpt", help="a dense checkpoint's folder: its shape instead of --shape")
+    p.add_argument("--rate", type=float, default=0.6, help="(default 0.6)")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--dtypes", default="float32,bfloat16")
+    p.add_argument("--batches", default="1,4,16,64")
+    p.add_argument("--prompts", default="128,1024,2048", help="tokens of a prompt, batch 1")
+    p.add_argument("--tokens", type=int, default=32, help="new tokens a turn (default 32)")
+    p.add_argument("--rounds", type=int, default=5, help="(default 5)")
+    p.add_argument("--out", help="name of the JSON (default: in experiments/results)")
+    return p.parse_args()
+
+
+def numbers(text):
+    """[int] of an option such as 1,4,16; "" has none."""
+    try:
+        return [int(part) for part in text.split(",") if part]
+    except ValueError:
+        raise InputError(f"{text} is no list of numbers such as 1,4,16") from None
+
+
+def main():
+    args = parse_arguments()
+    config = SHAPES[args.shape]
+    name = args.shape
+    if args.ckpt:
+        config = at_rate(read_json(Path(args.ckpt) / "config.json"), None)
+        name = Path(args.ckpt).resolve().name
+    if args.tokens < 2 or args.rounds < 1:
+        raise InputError("--tokens is to be 2 or more and --rounds 1 or more")
+    cfg = parse_config(config)
+    batches = [(batch, 32, args.tokens) for batch in numbers(args.batches)]
+    prompts = [(1, length, 1) for length in numbers(args.prompts) if length < cfg.context]
+    rows = []
+    device = torch.device(args.device)
+    for dtype in args.dtypes.split(","):
+        common = {"shape": name, "dtype": dtype, "rate": args.rate, "vocab": cfg.vocab}
+        common |= machine(args.device)
+        with tempfile.TemporaryDirectory() as folder:
+            sides = sides_of(config, args.rate, device, getattr(torch, dtype), folder)
+            for what in batches + prompts:
+                rows += rows_of(sides, what, common, args.rounds)
+            del sides
+    path = ROOT / "experiments" / "results" / f"decode-{name}-{args.device}.json"
+    save(Path(args.out or path), rows)
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    run(main)
