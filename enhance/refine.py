@@ -160,6 +160,14 @@ def refine(task, dense, finished):
 
 
 # ------------------------------------------------------------ the command
+def device_bytes(cfg, weights, tokens, dtype):
+    """Of a block that learns beside the dense one: weights (small, whole) of a block each."""
+    small, whole = weights
+    # Parameters, gradients, Adam's two moments, a copy; the micro-batch's graph.
+    graph = 4 * max(MICRO_BATCH, tokens) * (12 * cfg.dim + 6 * cfg.hidden)
+    return 20 * small + whole * dtype.itemsize + graph
+
+
 def plan(task, dense):
     """The plan's line. Raises InputError for what does not fit."""
     cfg = task.ckpt.cfg
@@ -171,9 +179,8 @@ def plan(task, dense):
     learning = small * (6 * epochs * N * T + 2 * (epochs + 1) * held)
     flops = cfg.n_layers * (learning + 2 * (whole + small) * (N * T + held))
     streams = 2 * (N * T + held) * cfg.dim * task.dtype.itemsize
-    # Parameters, gradients, Adam's two moments, a copy; the micro-batch's graph.
-    graph = 4 * max(MICRO_BATCH, T) * (12 * cfg.dim + 6 * cfg.hidden)
-    return make_plan(task, flops, streams, 20 * small + whole * task.dtype.itemsize + graph)
+    block = device_bytes(cfg, (small, whole), T, task.dtype)
+    return make_plan(task, flops, streams, block)
 
 
 def line(found):

@@ -6,6 +6,8 @@
     python experiments/scale.py --device cuda --samples 256 --seqlen 2048 --solve :
                                             # the whole run, on a GPU
     python experiments/scale.py solve       # fast.py against LAPACK and the literal Algorithm 1
+    python experiments/scale.py refine --blocks 1
+                                            # enhance/refine.py, one epoch
 
 Random weights of the model's real shape, fp16 on disk: 13.5 GB for LLaMA-7B's, in --folder;
 they are removed afterwards. Writes experiments/results/scale.json.
@@ -28,13 +30,15 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import air
+from enhance.refine import device_bytes
 from experiments.report import refresh
-from experiments.shapes import SHAPES
+from experiments.shapes import SHAPES, at_rate
 from experiments.speed import TRIMMED, anonymous, apart, in_turn, ratio
 from model import Llama
 from support import fast
 from support.checkpoint import Checkpoint
 from support.config import parse_config
+from support.enhance import weights_of
 from support.large import costs, machine_rates
 from support.script import ROOT, check_space, read_json, write_json
 
@@ -150,6 +154,41 @@ def whole_run(config, args):
     }
 
 
+# ------------------------------------------------------------ what follows
+def refinement(config, args):
+    """enhance/refine.py, an epoch on a random result of this shape -> a row of figures.
+
+    "implied" is what refine.py's plan counts for the device and the streams, here and at
+    the method's own 256 windows of 2048 tokens in bf16.
+    """
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        dense = Path(folder, "dense")
+        start = Path(folder, "start")
+        for path, shape in ((dense, config), (start, at_rate(config, args.rate))):
+            path.mkdir()
+            write_checkpoint(path, shape)
+        windows = args.samples, args.seqlen
+        numbers = np.random.RandomState(0).randint(config["vocab_size"], size=windows)
+        np.save(f"{folder}/w.npy", numbers)
+        options = {"--ckpt": start, "--dense": dense, "--calib": f"{folder}/w.npy",
+                   "--text": "none", "--epochs": 1, "--out": f"{folder}/out",
+                   "--json": f"{folder}/r.json", "--device": args.device,
+                   "--dtype": args.dtype}
+        given = [str(x) for pair in options.items() if pair[1] is not None for x in pair]
+        peak, seconds = watched([sys.executable, str(ROOT / "enhance" / "refine.py"), *given])
+        result = read_json(Path(folder, "r.json"))
+        small, whole = (Checkpoint(path) for path in (start, dense))
+        weights = weights_of(small, 0), weights_of(whole, 0)
+    dim = config["hidden_size"]
+    counts = {"own": (*windows, torch.float32), "256 x 2048": (256, 2048, torch.bfloat16)}
+    implied = {name: {"device_bytes": device_bytes(small.cfg, weights, T, dtype),
+                      "streams_bytes": 2 * N * T * dim * dtype.itemsize}
+               for name, (N, T, dtype) in counts.items()}
+    return {"blocks": small.cfg.n_layers, "windows": list(windows), "rate": args.rate,
+            "peak_anonymous_bytes": peak, "peak_gpu_bytes": result["peak_gpu_bytes"],
+            "wall_s": seconds, "seconds": result["seconds"], "implied": implied}
+
+
 # ------------------------------------------------------------ the solve
 def normal(m, n, device):
     generator = torch.Generator(device).manual_seed(0)
@@ -228,6 +267,22 @@ def run_lines(rows):
     return lines
 
 
+def refine_lines(machine, rows):
+    lines = [f"| block refinement; {machine['device']}, {machine['date']} | peak anonymous "
+             "memory | on the GPU | time | counted, 256 × 2048 in bf16: device, streams |",
+             "|---|---:|---:|---:|---:|"]
+    for row in rows:
+        N, T = row["windows"]
+        gpu = f"{row['peak_gpu_bytes'] / 1e9:.2f} GB" if row["peak_gpu_bytes"] else "–"
+        whole = row["implied"]["256 x 2048"]
+        lines.append(f"| {row['blocks']} block{'s' * (row['blocks'] > 1)}, {N} × {T} tokens, "
+                     f"rate {row['rate']:g}, one epoch | "
+                     f"{(row['peak_anonymous_bytes'] or 0) / 1e9:.2f} GB | {gpu} | "
+                     f"{row['seconds']['refine']:.0f} s | {whole['device_bytes'] / 1e9:.1f} GB, "
+                     f"{whole['streams_bytes'] / 1e9:.1f} GB |")
+    return lines
+
+
 def solve_lines(machine, rows):
     lines = [f"| {machine['device']}, {machine['date']} | times as fast | apart |",
              "|---|---:|---:|"]
@@ -239,12 +294,14 @@ def solve_lines(machine, rows):
 
 def markdown(result):
     """The README's block: the stages of the deepest run, all its runs, the solve."""
-    runs = [key for key in result if "solve" not in key]
+    runs = [key for key in result if "solve" not in key and "refine" not in key]
     run = next((key for key in runs if key.startswith("cuda")), runs[0])
     rows = result[run]["rows"]
     deepest = max(rows, key=lambda row: row["blocks"])
     lines = stage_lines(run, deepest, result[run]["machine"]) + [""] + run_lines(rows)
     for key in result:
+        if "refine" in key:
+            lines += [""] + refine_lines(result[key]["machine"], result[key]["rows"])
         if "solve" in key:
             lines += [""] + solve_lines(result[key]["machine"], result[key]["rows"])
     return "\n".join(lines)
@@ -258,7 +315,7 @@ def default_device():
 def parse_arguments():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="?", choices=("run", "solve"), default="run")
+    p.add_argument("what", nargs="?", choices=("run", "solve", "refine"), default="run")
     p.add_argument("--shape", choices=tuple(SHAPES), default="llama-7b")
     p.add_argument("--blocks", type=int, nargs="+",
                    help="numbers of blocks to run with (default: the shape's)")
@@ -279,8 +336,9 @@ def parse_arguments():
 def runs(args):
     """A row for each of --blocks."""
     config = SHAPES[args.shape]
+    measure = refinement if args.what == "refine" else whole_run
     for blocks in args.blocks or [config["num_hidden_layers"]]:
-        yield whole_run(config | {"num_hidden_layers": blocks}, args)
+        yield measure(config | {"num_hidden_layers": blocks}, args)
 
 
 def row_line(shape, row):
@@ -305,10 +363,11 @@ def main():
                "torch": torch.__version__, "device": name,
                "disk_free_bytes": shutil.disk_usage(args.folder).free}
     key = "solve"
-    if args.what == "run":
-        spilled = "spilled " if args.spill else ""
-        key = f"{args.shape} {spilled}{args.samples}x{args.seqlen}"
-    measured = runs(args) if args.what == "run" else solve(device, args.rounds)
+    measured = solve(device, args.rounds)
+    if args.what != "solve":
+        measured = runs(args)
+        how = "refine " * (args.what == "refine") + "spilled " * args.spill
+        key = f"{args.shape} {how}{args.samples}x{args.seqlen}"
     rows = []
     for row in measured:
         rows.append(row)

@@ -489,6 +489,8 @@ def end(task, results, args, progress, watch):
     stages = ", ".join(f"{stage} {s:.1f}" for stage, s in watch.seconds.items())
     progress.say(f"{sum(watch.seconds.values()):.0f} s ({stages}), "
                  f"peak memory {peak_memory() / 1e9:.2f} GB")
-    write_json(args.json, results | {"by": task.name, **task.options,
-                                     "seconds": watch.seconds,
-                                     "peak_rss_bytes": peak_memory()})
+    on_gpu = task.device.type == "cuda"
+    write_json(args.json, results | {
+        "by": task.name, **task.options, "seconds": watch.seconds,
+        "peak_rss_bytes": peak_memory(),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else None})

@@ -6,13 +6,14 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SHARED, distance, script, write_checkpoint
+from conftest import ROOT, SHARED, TINY, distance, script, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -26,9 +27,11 @@ from enhance.quantize import gptq, output_error, quantize_factor
 from enhance.refine import Pairs, Recipe, refine_block
 from enhance.retrain import Loss
 from eval_ppl import evaluate, evaluation_windows
-from model import LowRank, rope
+from experiments import scale
+from model import Llama, LowRank, rope
 from support import export
 from support.checkpoint import Checkpoint
+from support.config import parse_config
 from support.enhance import Course, Task, balance, dense_of, learn, linear_at, rate_at
 from support.packed import WIDTHS, pack, unpack
 from support.script import InputError, run
@@ -618,3 +621,21 @@ def test_everything_composes_on_the_demo(tmp_path):
     assert all(np.isfinite(ppl)) and len(set(ppl)) == 3
     said = script("generate", "--ckpt", tmp_path / "q", "--prompt", "def read(self", "--max-new-tokens", "8")
     assert said.returncode == 0 and said.stdout.startswith("def read(self")
+
+
+def test_a_shape_is_refined_and_counted(monkeypatch):
+    """experiments/scale.py refine: a random result of a shape through the command; the counts in closed form."""
+    monkeypatch.setitem(scale.SHAPES, "tiny", TINY)
+    args = SimpleNamespace(folder=None, rate=0.6, samples=3, seqlen=16, device=None, dtype=None, what="refine",
+                           shape="tiny", blocks=[1])
+    row, = scale.runs(args)
+    assert row["blocks"] == 1 and row["windows"] == [3, 16] and row["seconds"]["refine"] > 0
+    shapes = {name: w.shape for name, w in Llama(parse_config(TINY)).state_dict().items() if ".layers.0." in name}
+    whole = sum(shape.numel() for shape in shapes.values())
+    small = sum(k * (m + n) for m, n in (s for s in shapes.values() if len(s) == 2) for k in [air.rank_at(0.6, m, n)])
+    small += sum(shape.numel() for shape in shapes.values() if len(shape) == 1)
+    graph = 4 * 2048 * (12 * TINY["hidden_size"] + 6 * TINY["intermediate_size"])
+    assert row["implied"]["256 x 2048"] == {"device_bytes": 20 * small + 2 * whole + graph,
+                                            "streams_bytes": 2 * 256 * 2048 * TINY["hidden_size"] * 2}
+    shown = "\n".join(scale.refine_lines({"device": "mine", "date": "today"}, [row]))
+    assert "| 1 block, 3 × 16 tokens, rate 0.6, one epoch |" in shown
