@@ -136,6 +136,13 @@ MUTANTS = [     # what, file, correct text, mistake, the tests that look
      "test_reasoning"),
     ("characters with the blank", "experiments/tasks.py", "list(map(len, choices)) if normed",
      "[len(choice) + 1 for choice in choices] if normed", "test_reasoning"),
+    ("compiled anew for every span", "generate.py", "            of_any_size(seen, 0)\n", "", "test_generate"),
+    ("compiled anew for a longer cache", "generate.py", "of_any_size(cache.k, 2)", "of_any_size(cache.k, 3)",
+     "test_generate"),
+    ("a compiled sum over the wrong numbers", "support/fast.py", "wide(b)[..., None, :, :]).sum(-2)",
+     "wide(b)[..., None, :1, :]).sum(-2)", "test_generate"),
+    ("gate and up exchanged", "experiments/decode.py", '"mlp.gate_proj": "ffn_gate"', '"mlp.gate_proj": "ffn_up"',
+     "test_generate"),
 ]
 
 
