@@ -20,8 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from calibrate import embed
 from model import LowRank, rope, wide
-from support.enhance import (advance, arguments, balance, dense_of, make_plan, own, prepare,
-                             products, rate_at, weights_of, write_blocks)
+from support.enhance import (advance, arguments, balance, dense_of, device_bytes, make_plan,
+                             own, prepare, products, rate_at, weights_of, write_blocks)
 from support.progress import told
 from support.script import run
 
@@ -160,14 +160,6 @@ def refine(task, dense, finished):
 
 
 # ------------------------------------------------------------ the command
-def device_bytes(cfg, weights, tokens, dtype):
-    """Of a block that learns beside the dense one: weights (small, whole) of a block each."""
-    small, whole = weights
-    # Parameters, gradients, Adam's two moments, a copy; the micro-batch's graph.
-    graph = 4 * max(MICRO_BATCH, tokens) * (12 * cfg.dim + 6 * cfg.hidden)
-    return 20 * small + whole * dtype.itemsize + graph
-
-
 def plan(task, dense):
     """The plan's line. Raises InputError for what does not fit."""
     cfg = task.ckpt.cfg
@@ -179,7 +171,7 @@ def plan(task, dense):
     learning = small * (6 * epochs * N * T + 2 * (epochs + 1) * held)
     flops = cfg.n_layers * (learning + 2 * (whole + small) * (N * T + held))
     streams = 2 * (N * T + held) * cfg.dim * task.dtype.itemsize
-    block = device_bytes(cfg, (small, whole), T, task.dtype)
+    block = device_bytes(cfg, (small, whole), max(MICRO_BATCH, T), task.dtype)
     return make_plan(task, flops, streams, block)
 
 

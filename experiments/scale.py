@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import air
-from enhance.refine import device_bytes
+from enhance.refine import MICRO_BATCH
 from experiments.report import refresh
 from experiments.shapes import SHAPES, at_rate
 from experiments.speed import TRIMMED, anonymous, apart, in_turn, ratio
@@ -38,7 +38,7 @@ from model import Llama
 from support import fast
 from support.checkpoint import Checkpoint
 from support.config import parse_config
-from support.enhance import weights_of
+from support.enhance import device_bytes, weights_of
 from support.large import costs, machine_rates
 from support.script import ROOT, check_space, read_json, write_json
 
@@ -181,7 +181,7 @@ def refinement(config, args):
         weights = weights_of(small, 0), weights_of(whole, 0)
     dim = config["hidden_size"]
     counts = {"own": (*windows, torch.float32), "256 x 2048": (256, 2048, torch.bfloat16)}
-    implied = {name: {"device_bytes": device_bytes(small.cfg, weights, T, dtype),
+    implied = {name: {"device_bytes": device_bytes(small.cfg, weights, max(MICRO_BATCH, T), dtype),
                       "streams_bytes": 2 * N * T * dim * dtype.itemsize}
                for name, (N, T, dtype) in counts.items()}
     return {"blocks": small.cfg.n_layers, "windows": list(windows), "rate": args.rate,

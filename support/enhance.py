@@ -166,6 +166,15 @@ def weights_of(ckpt, l):
                if name.startswith(at))
 
 
+def device_bytes(cfg, weights, tokens, dtype):
+    """Of a block that learns beside the dense one: weights (small, whole) of a block
+    each, a micro-batch of `tokens`."""
+    small, whole = weights
+    # Parameters, gradients, Adam's two moments, a copy; the micro-batch's graph.
+    graph = 4 * tokens * (12 * cfg.dim + 6 * cfg.hidden)
+    return 20 * small + whole * dtype.itemsize + graph
+
+
 def make_plan(task, flops, host, block):
     """The plan in one line: `flops` in all, bytes of the `host`'s memory and of a `block`
     and what belongs to it, on the device. Raises InputError for what does not fit."""
