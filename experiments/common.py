@@ -62,8 +62,8 @@ class Setup:
 OTHER = {"stdlib": "torch.nn", "wikitext2": "c4"}
 
 
-def arguments(doc):
-    """A parser of Setup's fields."""
+def arguments(doc, rates=None):
+    """A parser of Setup's fields; with `rates`, a script's own, also of --rates."""
     p = parser(doc)
     p.add_argument("--text", help="evaluation text "
                    "(default: the calibration text's held-out part)")
@@ -84,6 +84,9 @@ def arguments(doc):
                    help="statistics and cells (default out/experiments)")
     p.add_argument("--results", default=str(Setup.results),
                    help="folder of the JSON and the picture")
+    if rates:
+        p.add_argument("--rates", type=float, nargs="+", default=rates,
+                       help=f"(default {' '.join(map(str, rates))})")
     return p
 
 
@@ -464,7 +467,8 @@ class Lab:
 
     # -------------------------------------------------------- the end
     def finish(self, module, result, picture=None):
-        """Verdicts, JSON, picture, what is printed; for the bundled demo the READMEs.
+        """Verdicts, JSON, picture, what is printed, the READMEs' blocks: a script's is of
+        the bundled demo, another model's has its name.
 
         module: the script's, with markdown, verdicts and, where there is one, short.
         """
@@ -481,8 +485,8 @@ class Lab:
         text = block(module, result)
         print(text.replace("**", ""), flush=True)
         bundled = self.ckpt.folder.resolve() == ROOT / "demo"
-        if bundled and self.results.resolve() == RESULTS:
-            refresh(self.script, text)
+        if self.results.resolve() == RESULTS:
+            refresh(self.script if bundled else f"{self.script}-{self.ckpt.name}", text)
             refresh("claims", claims(self.results))
-            if hasattr(module, "short"):
+            if bundled and hasattr(module, "short"):
                 refresh(f"{self.script}-short", module.short(result))

@@ -59,6 +59,11 @@ def find(rows, **wanted):
                 if all(row.get(key) == value for key, value in wanted.items()))
 
 
+def rates_of(result):
+    """Those that were measured, the largest first."""
+    return sorted({row["rate"] for row in result["rows"]}, reverse=True)
+
+
 def against(rows, key, values, a, b, of=("ppl", "text")):
     """compare(a, b) at every value of the setting `key`; a, b: what tells the two rows.
 

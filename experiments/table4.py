@@ -13,8 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from air import pick_ranks
 from eval_ppl import evaluate
-from experiments.common import Lab, compress, options_of, setup_of
-from experiments.report import compare, every, find, listed, mean_spread, show, table, verdict
+from experiments.common import Lab, Setup, arguments, compress, options_of
+from experiments.report import (compare, every, find, listed, mean_spread, rates_of, show,
+                                table, verdict)
 from experiments.stack import compact
 from peers import blockpruner, slicegpt
 from support.script import run
@@ -57,11 +58,11 @@ def scored(lab, small, **more):
     return {"ppl": ppl, "parameters": small.parameters(), **more}
 
 
-def sliced(lab, seed):
+def sliced(lab, seed, rates):
     """{rate: cell}."""
     ckpt = lab.ckpt
     found = {}
-    for rate in RATES:
+    for rate in rates:
         s = width_within(ckpt.cfg, budget(lab, rate))
         blocks = slicegpt.sliced(ckpt, lab.calibration(seed), s, False, lab.device)
         small = compact(ckpt, blocks, slicegpt.sliced_config(ckpt, s), {"turned": True})
@@ -69,14 +70,14 @@ def sliced(lab, seed):
     return found
 
 
-def pruned(lab, seed):
-    """{rate: cell}; one order serves every rate."""
+def pruned(lab, seed, rates, by):
+    """{rate: cell}; one order, found with the first `by` windows, serves every rate."""
     ckpt = lab.ckpt
-    windows = lab.calibration(seed)[:PRUNED_BY]
+    windows = lab.calibration(seed)[:by]
     stream = blockpruner.Stream(ckpt, windows, lab.device, lab.dtype)
     beside = ckpt.parameters() - sum(blockpruner.sizes(ckpt).values())
     found = {}
-    for rate in RATES:
+    for rate in sorted(rates, reverse=True):
         for _ in blockpruner.prune(ckpt, stream, budget(lab, rate) - beside):
             pass
         removed = sorted(stream.removed)
@@ -103,23 +104,26 @@ def row(name, rate, cells):
             "parameters": [each["parameters"] for each in cells]}
 
 
-def peer(lab, name, seed, compute):
+def peer(lab, name, seed, rates, by):
     """A peer's cell: {rate: cell}, kept."""
-    facts = {"peer": name, "rates": RATES, "calibration": digest(lab.calibration(seed)),
+    windows = lab.calibration(seed)
+    compute = functools.partial(sliced, lab, seed, rates)
+    if name == "BlockPruner":
+        windows = windows[:by]
+        compute = functools.partial(pruned, lab, seed, rates, by)
+    facts = {"peer": name, "rates": rates, "calibration": digest(windows),
              "text": digest(lab.evaluation("text"))}
     return lab.cell(facts, compute, f"peers/{name.lower()}.py")
 
 
-def measure(lab):
+def measure(lab, rates, by):
     rows = []
     for form in FORMS:
-        for rate in RATES:
+        for rate in rates:
             rows.append(row(form, rate, [closed(lab, form, seed, rate) for seed in lab.seeds]))
-    how = {"SliceGPT": sliced, "BlockPruner": pruned}
-    for name, compute in how.items():
-        found = [peer(lab, name, seed, functools.partial(compute, lab, seed))
-                 for seed in lab.seeds]
-        rows += [row(name, rate, [each[f"{rate:g}"] for each in found]) for rate in RATES]
+    for name in PEERS:
+        found = [peer(lab, name, seed, rates, by) for seed in lab.seeds]
+        rows += [row(name, rate, [each[f"{rate:g}"] for each in found]) for rate in rates]
     return rows
 
 
@@ -130,36 +134,43 @@ def ppl(result, name, rate):
 
 def markdown(result):
     """A row a method; behind its perplexity the size, in millions of bytes."""
+    rates = rates_of(result)
     lines = [["dense", f"{result['dense']:.2f} ({result['bytes'] / 1e6:.1f} MB)",
-              *[""] * len(RATES)]]
+              *[""] * len(rates)]]
     for name in (*FORMS, *PEERS):
         cells = []
-        for rate in RATES:
+        for rate in rates:
             parameters = find(result["rows"], method=name, rate=rate)["parameters"]
             size = mean_spread(parameters)[0] * result["itemsize"] / 1e6
             cells.append(f"{show(ppl(result, name, rate))} ({size:.1f} MB)")
         lines.append([name, *cells, PAPER.get(name, "–")])
-    heads = [f"bytes of AIR at {rate:g}" for rate in RATES]
+    heads = [f"bytes of AIR at {rate:g}" for rate in rates]
     return table(["", *heads, "paper: LLaMA-7B, 10, 9, 8, 7 GB"], lines)
 
 
 def verdicts(result):
+    rates = rates_of(result)
     found = []
     for name in PEERS:
-        gaps = [compare(ppl(result, "AIR", rate), ppl(result, name, rate)) for rate in RATES]
+        gaps = [compare(ppl(result, "AIR", rate), ppl(result, name, rate)) for rate in rates]
         found.append(verdict(
             f"AIR is below {name} at every matched size.", every(gaps, "lower"),
-            f"AIR against {name}, {listed(RATES, gaps)}.",
+            f"AIR against {name}, {listed(rates, gaps)}.",
             "a narrow model has few directions to spare, and a small vocabulary makes the "
             "tables, which SliceGPT cuts and AIR does not, a large share. To tell: a 7B model."))
     return found
 
 
 def main():
-    lab = Lab("table4", setup_of(__doc__))
+    p = arguments(__doc__, RATES)
+    p.add_argument("--pruned-by", type=int, default=PRUNED_BY, help="calibration windows "
+                   f"whose perplexity BlockPruner decides by (default {PRUNED_BY})")
+    args = vars(p.parse_args())
+    how = args.pop("rates"), args.pop("pruned_by")
+    lab = Lab("table4", Setup(**args))
     itemsize = lab.ckpt.dtype.itemsize
-    result = {"dense": lab.dense("text"), "itemsize": itemsize,
-              "bytes": lab.ckpt.parameters() * itemsize, "rows": measure(lab)}
+    result = {"dense": lab.dense("text"), "itemsize": itemsize, "pruned_by": how[1],
+              "bytes": lab.ckpt.parameters() * itemsize, "rows": measure(lab, *how)}
     lab.finish(sys.modules[__name__], result)
 
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments.common import Lab, setup_of
-from experiments.report import compare, every, find, listed, show, table, verdict
+from experiments.common import Lab, Setup, arguments
+from experiments.report import compare, every, find, listed, rates_of, show, table, verdict
 from experiments.stack import measure, measure_acip
 from support.script import run
 
@@ -49,24 +49,26 @@ def ppl(result, form, stack, rate):
 
 def markdown(result):
     """A row a form and what is stacked on it."""
-    lines = [["dense", "", f"{result['dense']:.2f}", *[""] * len(RATES)]]
+    rates = rates_of(result)
+    lines = [["dense", "", f"{result['dense']:.2f}", *[""] * len(rates)]]
     for form in FORMS:
         for stack in STACKS:
-            cells = [show(ppl(result, form, stack, rate)) for rate in RATES]
+            cells = [show(ppl(result, form, stack, rate)) for rate in rates]
             lines.append([form, stack, *cells, PAPER.get((form, stack), "–")])
     # Below the share at which its masks stop, ACIP's scores say nothing.
-    cells = [show(ppl(result, "ACIP", "its adapters", rate)) for rate in RATES]
+    cells = [show(ppl(result, "ACIP", "its adapters", rate)) for rate in rates]
     lines.append(["ACIP", "its adapters", *cells, PAPER["ACIP", "its adapters"]])
-    heads = [f"{rate:g}" for rate in RATES]
+    heads = [f"{rate:g}" for rate in rates]
     return table(["", "", *heads, "paper: LLaMA-7B"], lines, left=2)
 
 
 def below(result, stack):
     """AIR against SVD-LLM(W), both with `stack`."""
+    rates = rates_of(result)
     gaps = [compare(ppl(result, "AIR", stack, rate), ppl(result, "SVD-LLM(W)", stack, rate))
-            for rate in RATES]
+            for rate in rates]
     return verdict(f"AIR {stack} is below SVD-LLM(W) {stack} at every rate.",
-                   every(gaps, "lower"), f"AIR against SVD-LLM(W), {listed(RATES, gaps)}.",
+                   every(gaps, "lower"), f"AIR against SVD-LLM(W), {listed(rates, gaps)}.",
                    "what is learnt makes up for most of what a closed form lost, on both "
                    "sides. To tell: more windows.")
 
@@ -76,10 +78,12 @@ def verdicts(result):
 
 
 def main():
-    lab = Lab("table5", setup_of(__doc__))
+    args = vars(arguments(__doc__, RATES).parse_args())
+    rates = args.pop("rates")
+    lab = Lab("table5", Setup(**args))
     settings = [form | {"rate": rate, "form": name} for name, form in FORMS.items()
-                for rate in RATES]
-    rows = measure(lab, settings, STACKS) + measure_acip(lab, RATES)
+                for rate in rates]
+    rows = measure(lab, settings, STACKS) + measure_acip(lab, rates)
     lab.finish(sys.modules[__name__], {"dense": lab.dense("text"), "rows": rows})
 
 

@@ -384,14 +384,18 @@ def test_markers_are_refreshed_and_nothing_else(tmp_path):
     assert readme.read_text("utf-8") == before
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_readme_and_committed_results_agree(name):
+REPORTED = sorted(path.stem for path in RESULTS.glob("*.json") if '"verdicts"' in path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("stem", sorted({*REPORTED, *(f"{name}-demo" for name in SCRIPTS)}))
+def test_readme_and_committed_results_agree(stem):
     """The block between a script's markers, wherever they are, is made from its committed JSON; so are its verdicts."""
-    module = importlib.import_module(f"experiments.{name}")
-    result = json.loads((RESULTS / f"{name}-demo.json").read_text("utf-8"))
-    assert result["verdicts"] == module.verdicts(result)
+    result = json.loads((RESULTS / f"{stem}.json").read_text("utf-8"))
+    module = importlib.import_module(f"experiments.{result['script']}")
+    assert result["verdicts"] == module.verdicts(result) and stem == f"{result['script']}-{result['checkpoint']}"
+    mark = stem.removesuffix("-demo")
     texts = [(ROOT / path).read_text("utf-8") for path in ("README.md", "experiments/README.md")]
-    blocks = [block for text in texts for block in re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, re.S)]
+    blocks = [block for text in texts for block in re.findall(rf"<!-- {mark} -->\n(.*?)\n<!-- /{mark} -->", text, re.S)]
     assert blocks and all(each == report.block(module, result) for each in blocks)
 
 
@@ -405,13 +409,8 @@ def test_the_readmes_have_every_claim_and_the_short_table_where_they_show_it():
     assert found["claims"] and all(each == wanted[name] for name, blocks in found.items() for each in blocks)
 
 
-def test_the_closed_forms_in_the_readmes_are_the_committed_results():
-    closed = importlib.import_module("experiments.closed")
-    notebook = (ROOT / "experiments" / "README.md").read_text("utf-8")
-    for mark, model in (("closed", "demo"), ("closed-smollm2", "smollm2"), ("closed-demo-adamw", "demo-adamw")):
-        result = json.loads((RESULTS / f"closed-{model}.json").read_text("utf-8"))
-        assert f"<!-- {mark} -->\n{report.block(closed, result)}\n<!-- /{mark} -->" in notebook
-    table = closed.side_by_side(RESULTS)
+def test_the_closed_forms_in_the_readme_are_the_committed_results():
+    table = importlib.import_module("experiments.closed").side_by_side(RESULTS)
     assert f"<!-- models -->\n{table}\n<!-- /models -->" in (ROOT / "README.md").read_text("utf-8")
 
 
@@ -563,7 +562,7 @@ def test_stacks_are_what_the_files_of_enhance_write(result_of, lab, tmp_path, mo
 
 
 def test_peers_get_no_more_bytes_than_air_and_score_as_their_commands_do(result_of, lab, tmp_path, monkeypatch):
-    module, result = result_of("table4", RATES=(0.6, 0.4))
+    module, result = result_of("table4", "--rates", "0.4", "0.6", "--pruned-by", "2")
     assert module.ppl(result, "AIR", 0.6) == ppl_of(lab, method="air")
     for rate in (0.6, 0.4):
         size = {name: find(result["rows"], method=name, rate=rate)["parameters"][0]
