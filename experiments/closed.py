@@ -81,7 +81,7 @@ def side_by_side(results):
     """The README's table: the closed forms on all models, as far as they were measured."""
     lines = []
     names = [name for name in FORMS if name not in BESIDE]
-    for model in ("smollm2", "demo-adamw", "demo"):
+    for model in ("smollm2", "demo", "demo-muon"):
         path = results / f"closed-{model}.json"
         if not path.exists():
             continue

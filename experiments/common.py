@@ -484,8 +484,8 @@ class Lab:
             plt.close(figure)
         text = block(module, result)
         print(text.replace("**", ""), flush=True)
-        bundled = self.ckpt.folder.resolve() == ROOT / "demo"
         if self.results.resolve() == RESULTS:
+            bundled = self.facts["fingerprint"] == Checkpoint(ROOT / "demo").fingerprint()
             refresh(self.script if bundled else f"{self.script}-{self.ckpt.name}", text)
             refresh("claims", claims(self.results))
             if bundled and hasattr(module, "short"):

@@ -57,7 +57,7 @@ ELSEWHERE = {
 def outcome(results, stem, model):
     """'3 of 5 hold', 'measured', or '–' for a script's results on a model."""
     paths = sorted(results.glob(f"{stem}-{model}*.json"))
-    paths = [path for path in paths if model != "demo" or "demo-adamw" not in path.name]
+    paths = [path for path in paths if model != "demo" or "demo-muon" not in path.name]
     if stem is None or not paths:
         return "–"
     found = json.loads(paths[0].read_text("utf-8"))

@@ -50,21 +50,23 @@ def verdicts(result):
 
 def picture(plt, result):
     """A heat map a ridge: blue where AIR is below."""
-    figure, axes = plt.subplots(1, len(RIDGES), figsize=(11, 3.6), sharey=True)
+    figure, axes = plt.subplots(1, len(RIDGES), figsize=(9, 3.6), sharey=True,
+                                layout="constrained")
     for ax, ridge in zip(axes, RIDGES):
         values = [[gap(result, tokens, ridge, delta)[0] for tokens in TOKENS]
                   for delta in DELTAS]
         image = ax.imshow(values, cmap="RdBu_r", vmin=-15, vmax=15, aspect="auto")
         for y, row in enumerate(values):
             for x, value in enumerate(row):
-                ax.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=8)
+                ax.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=8,
+                        color="black" if abs(value) < 10 else "white")
         ax.set(xticks=range(len(TOKENS)), xticklabels=[f"{each:g}" for each in TOKENS],
                xlabel="calibration tokens an input", title=f"ridge {ridge_name(ridge)}")
         ax.grid(False)
     axes[0].set(yticks=range(len(DELTAS)), yticklabels=[f"{each:g}" for each in DELTAS],
                 ylabel="δ")
     figure.colorbar(image, ax=axes, label="AIR against SVD-LLM(W), %")
-    figure.suptitle(f"{result['checkpoint']}, rate {RATE:g}", x=0.45)
+    figure.suptitle(f"{result['checkpoint']}, rate {RATE:g}")
     return figure
 
 

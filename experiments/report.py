@@ -5,12 +5,13 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 
 from support.script import ROOT, write_whole
 
 RESULTS = ROOT / "experiments" / "results"
 # The models in the table of claims, and the texts in a claim.
-MODELS = {"demo": "the demo", "demo-adamw": "a demo by AdamW", "smollm2": "SmolLM2-135M"}
+MODELS = {"demo": "the demo", "demo-muon": "a demo by Muon", "smollm2": "SmolLM2-135M"}
 NAMED = {"text": "first text", "text2": "second text"}
 SCRIPTS = ("table2", "table4", "table7", "table8", "fig1", "fig2", "fig3", "fig5", "fig6", "a6",
            "open_questions")
@@ -190,15 +191,11 @@ def block(module, result):
 
 
 def refresh(name, text, root=ROOT):
-    """Replace what stands between <!-- name --> and <!-- /name --> in `root`'s READMEs.
-
-    They are README.md and experiments/README.md; one without these marks stays as it
-    is.
+    """Replace what stands between <!-- name --> and <!-- /name --> in `root`'s README.md
+    and the notebook's pages, experiments/*.md; one without these marks stays as it is.
     """
     marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
-    for path in (root / "README.md", root / "experiments" / "README.md"):
-        if not path.exists():
-            continue
+    for path in filter(Path.exists, (root / "README.md", *(root / "experiments").glob("*.md"))):
         old = path.read_text("utf-8")
         # A function, since backslashes of a replacement text would be escapes.
         new = marked.sub(lambda marks: marks[1] + text + "\n" + marks[2], old)

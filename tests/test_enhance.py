@@ -611,7 +611,7 @@ def test_everything_composes_on_the_demo(tmp_path):
     assert done.returncode == 0, done.stderr
     small = Checkpoint(tmp_path / "a")
     assert {layer.split(".")[2] for layer in small.cfg.ranks} == {"1", "2"}
-    refined = enhanced("refine", tmp_path / "a", tmp_path / "r", "--epochs", "2", "--batch", "2", "--lr", "1e-3", *few)
+    refined = enhanced("refine", tmp_path / "a", tmp_path / "r", "--epochs", "2", "--batch", "2", "--lr", "3e-4", *few)
     packed = enhanced("quantize", tmp_path / "r", tmp_path / "q", *few)
     changed = {name.split(".")[2] for name in small.names if name.startswith("model.layers.")
                and not torch.equal(small.tensor(name), refined.tensor(name))}

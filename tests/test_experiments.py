@@ -394,7 +394,7 @@ def test_readme_and_committed_results_agree(stem):
     module = importlib.import_module(f"experiments.{result['script']}")
     assert result["verdicts"] == module.verdicts(result) and stem == f"{result['script']}-{result['checkpoint']}"
     mark = stem.removesuffix("-demo")
-    texts = [(ROOT / path).read_text("utf-8") for path in ("README.md", "experiments/README.md")]
+    texts = [path.read_text("utf-8") for path in (ROOT / "README.md", *(ROOT / "experiments").glob("*.md"))]
     blocks = [block for text in texts for block in re.findall(rf"<!-- {mark} -->\n(.*?)\n<!-- /{mark} -->", text, re.S)]
     assert blocks and all(each == report.block(module, result) for each in blocks)
 
@@ -642,8 +642,8 @@ def test_the_table_of_contents_has_all_of_the_paper_and_names_what_exists():
 def test_outcomes_are_counted_from_the_results(tmp_path):
     module = importlib.import_module("experiments.contents")
     held = {"verdicts": [{"holds": True}, {"holds": False}, {"holds": None}]}
-    (tmp_path / "table2-demo-adamw.json").write_text(json.dumps(held))
+    (tmp_path / "table2-demo-muon.json").write_text(json.dumps(held))
     (tmp_path / "fig4-demo-cpu-float32.json").write_text("[]")
     assert module.outcome(tmp_path, "table2", "demo") == "–"
-    assert module.outcome(tmp_path, "table2", "demo-adamw") == "1 of 2 hold"
+    assert module.outcome(tmp_path, "table2", "demo-muon") == "1 of 2 hold"
     assert module.outcome(tmp_path, "fig4", "demo") == "measured" and module.outcome(tmp_path, None, "demo") == "–"

@@ -78,27 +78,21 @@ def test_agreement_figures_are_the_committed_json():
         assert f"{found[key]:.0e}".replace("e-0", "e-") in said, key
 
 
-def rows(name):
-    return json.loads((RESULTS / f"{name}-demo.json").read_text("utf-8"))["rows"]
+def gaps(stem, rates, a, b):
+    """How the README and the notebook say a against b: '−1.7 ± 0.1, +0.5 ± 0.2'."""
+    found = json.loads((RESULTS / f"{stem}.json").read_text("utf-8"))["rows"]
+    compared = against(found, "rate", rates, a, b)
+    return ", ".join(f"{mean:+.1f} ± {spread:.1f}" for mean, spread, _ in compared).replace("-", "−")
 
 
-def test_what_the_demo_says_of_delta_and_the_square_root_is_the_committed_json():
-    section = NOTEBOOK.split("**The paper's δ = 2")[1].split("- **How a model")[0]
-    named = re.findall(r"(\d\.\d) ± (\d\.\d) %", section)
-    delta = against(rows("fig3"), "rate", (0.6, 0.4), {"delta": 0.5}, {"delta": 0.0})
-    root = against(rows("open_questions"), "rate", (0.6, 0.4), {"variant": "symmetric"}, {"variant": "default"})
-    assert [(f"{-mean:.1f}", f"{spread:.1f}") for mean, spread, _ in delta + root] == named
+def test_what_is_said_of_delta_is_the_committed_json():
     said = README.split("## Does it reproduce")[1].split("## ")[0]
-    adamw = json.loads((RESULTS / "closed-demo-adamw.json").read_text("utf-8"))["rows"]
-    gaps = against(adamw, "rate", (0.6, 0.4), {"variant": "AIR, δ = 2"}, {"variant": "SVD-LLM(W)"})
-    there = [(f"{-mean:.1f}", f"{spread:.1f}") for mean, spread, _ in gaps]
-    real = json.loads((RESULTS / "closed-smollm2.json").read_text("utf-8"))["rows"]
-    half, two = (against(real, "rate", (0.8, 0.6, 0.4), {"variant": f"AIR, δ = {delta}"}, {"variant": "SVD-LLM(W)"})
-                 for delta in ("0.5", "2"))
-    below = [(f"{-mean:.1f}", f"{spread:.1f}") for mean, spread, _ in half]
-    assert re.findall(r"(\d+\.\d) ± (\d\.\d) %", said) == [*below, ("18.0", "9.0"), *named[:2], *there]
-    listed = ", ".join(f"{mean:+.1f} ± {spread:.1f}" for mean, spread, _ in two).replace("-", "−")
-    assert f"({listed} %)" in said
+    base = {"variant": "SVD-LLM(W)"}
+    real = [gaps("closed-smollm2", (0.8, 0.6, 0.4), {"variant": f"AIR, δ = {delta}"}, base) for delta in ("0.5", "2")]
+    ours, muon = ([gaps(f"fig3-{model}", (0.6, 0.4), {"delta": delta}, {"delta": 0.0}) for delta in (2.0, 0.5)]
+                  for model in ("demo", "demo-muon"))
+    told = re.findall(r"[−+]\d+\.\d ± \d+\.\d(?:, [−+]\d+\.\d ± \d+\.\d)*", said)
+    assert told == [*real, *ours, *muon]
 
 
 def test_the_number_of_claims_that_hold_is_the_committed_json():
