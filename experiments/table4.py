@@ -18,7 +18,7 @@ from experiments.report import (compare, every, find, listed, mean_spread, rates
                                 table, verdict)
 from experiments.stack import compact
 from peers import blockpruner, slicegpt
-from support.script import run
+from support.script import InputError, run
 from support.texts import digest
 
 RATES = (0.8, 0.6, 0.4)
@@ -167,6 +167,8 @@ def main():
                    f"whose perplexity BlockPruner decides by (default {PRUNED_BY})")
     args = vars(p.parse_args())
     how = args.pop("rates"), args.pop("pruned_by")
+    if how[1] < 1:
+        raise InputError(f"--pruned-by is {how[1]}; expected a number of windows, 1 or more")
     lab = Lab("table4", Setup(**args))
     itemsize = lab.ckpt.dtype.itemsize
     result = {"dense": lab.dense("text"), "itemsize": itemsize, "pruned_by": how[1],
