@@ -8,14 +8,15 @@
 
 Random weights of the shape (--ckpt: of a compressed checkpoint's config.json, with its
 ranks), random prompts, greedy, no end-of-text token: every row makes all its tokens. A
-row is a process of its own; all rows run in turn, --rounds times, and ratios are medians
-of the rounds' ratios. The time is that of the steps after the first token, without those
-in which a graph is captured (their time is in the JSON). Peak memory: CUDA's own count of
-allocated bytes; on a CPU the highest resident set less mapped files and less what the
+row on a CPU is a process of its own; all rows run in turn, --rounds times, and ratios are
+medians of the rounds' ratios. The time is that of the steps after the first token, without
+those in which a graph is captured (their time is in the JSON). Peak memory: CUDA's own count
+of allocated bytes; on a CPU the highest resident set less mapped files and less what the
 process held before the model, so it includes what malloc keeps.
 Writes experiments/results/table11-SHAPE-DEVICE-DTYPE.json (--out: another name).
 """
 import argparse
+import gc
 import json
 import math
 import platform
@@ -97,6 +98,17 @@ def generated(spec, device):
     return decoder, timed(decoder, prompts, spec["new_tokens"])
 
 
+def emptied(budget):
+    """A GPU that the row before has left, with `budget` bytes to be had; returns the bytes
+    that are still allocated."""
+    gc.collect()                                        # a Decoder and its graph hold each other
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))
+    return torch.cuda.memory_allocated()
+
+
 def measure(spec):
     """A row: a dict of what to run -> a dict of what was measured.
 
@@ -105,16 +117,13 @@ def measure(spec):
     device = torch.device(spec["device"])
     budget = spec["budget_gb"] * 1e9
     gpu = device.type == "cuda"
-    if gpu:
-        total = torch.cuda.mem_get_info()[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))
-    held = 0 if gpu else status("RssAnon")
+    held = emptied(budget) if gpu else status("RssAnon")
     try:
         decoder, (first, steps) = generated(spec, device)
     except torch.OutOfMemoryError:
         return {"oom": True}
     if gpu:
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated() - held
     else:
         peak = status("VmHWM") - status("RssFile") - held
     plain = [seconds for seconds, captured in steps if not captured]
@@ -188,16 +197,17 @@ def in_a_process(spec):
 
 
 def run_row(spec):
-    """`measure` in a process of its own, and beside it what was asked for.
+    """`measure`, on a CPU in a process of its own, and beside it what was asked for.
 
-    On a CPU a row estimated beyond the budget, or beyond the memory this machine has free,
+    There a row estimated beyond the budget, or beyond the memory this machine has free,
     is not run: {"oom": True}.
     """
     weights, need = needs(spec)
     free = free_bytes(torch.device("cpu")) or math.inf
     limit = min(spec["budget_gb"] * 1e9, free)
     too_large = spec["device"] == "cpu" and need > limit
-    result = {"oom": True} if too_large else in_a_process(spec)
+    measured = measure if spec["device"] == "cuda" else in_a_process
+    result = {"oom": True} if too_large else measured(spec)
     asked = {key: value for key, value in spec.items() if key != "config"}
     estimated = {"estimated_bytes": need, "weight_bytes": weights}
     return asked | machine(spec["device"]) | result | estimated

@@ -48,6 +48,7 @@ class Stream:
     """The calibration windows before every half of a model from which some are left out."""
 
     def __init__(self, ckpt, windows, device, dtype):
+        self.device = device
         self.model = ckpt.model(device, dtype)
         self.windows = windows
         self.halves = every_half(ckpt.cfg)
@@ -63,7 +64,7 @@ class Stream:
         kept = {each: getattr(block, each) for each in HALVES}
         for each in HALVES:
             setattr(block, each, kept[each] if each == half else None)
-        out = block(h, self.angles)
+        out = block(h.to(self.device), self.angles)
         for each in HALVES:
             setattr(block, each, kept[each])
         return out
@@ -74,7 +75,7 @@ class Stream:
         for name in self.halves:
             self.before[name] = h
             if name not in self.removed:
-                h = torch.cat([self.through(name, each) for each in h.split(1)])
+                h = torch.cat([self.through(name, each).cpu() for each in h.split(1)])
 
     @torch.no_grad()
     def loss_without(self, name):
@@ -83,7 +84,7 @@ class Stream:
         head = (self.model.model.norm.weight, self.model.lm_head)
         total = 0.0
         for i, ids in enumerate(self.windows.split(1)):
-            h = self.before[name][i:i + 1]
+            h = self.before[name][i:i + 1].to(self.device)
             for each in later:
                 if each not in self.removed:
                     h = self.through(each, h)

@@ -39,18 +39,18 @@ def width_at(d, slicing):
 
 
 @torch.no_grad()
-def directions(h, s, normed):
-    """(d, s), fp64: the first eigenvectors of Σxᵀx over a stream h (N, T, d).
+def directions(h, s, normed, device):
+    """(d, s), fp64, on `device`: the first eigenvectors of Σxᵀx over a stream h (N, T, d).
 
     normed: of RMSNorm's output, as the paper has it. Released code differs: it takes the
     stream itself.
     """
     d = h.shape[-1]
-    gram = torch.zeros(d, d, dtype=torch.float64)
+    gram = torch.zeros(d, d, dtype=torch.float64, device=device)
     for window in h:
-        x = wide(window)
+        x = wide(window.to(device))
         if normed:
-            x = rms_norm(x, torch.ones(d), 1e-12)
+            x = rms_norm(x, torch.ones(d, device=device), 1e-12)
         gram += (x.mT @ x).double()
     gram.diagonal().add_(DAMP * gram.diagonal().mean())
     _, vectors = torch.linalg.eigh(gram)                        # ascending
@@ -62,7 +62,7 @@ def project(h, P):
     """The stream in its own basis without the deleted directions, in place: h P Pᵀ."""
     onto = (P @ P.mT).to(h.dtype)
     for i in range(len(h)):
-        h[i] = h[i] @ onto
+        h[i] = h[i].to(onto.device) @ onto
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ def sliced(ckpt, windows, s, normed, device):
     L = ckpt.cfg.n_layers
     h = embed(ckpt, windows, dtype)                                     # (N, T, d)
     angles = rope(ckpt.cfg, h.shape[1], device)
-    P = first = directions(h, s, normed)
+    P = first = directions(h, s, normed, device)
     project(h, P)
     for l in told("block", range(L)):
         block = ckpt.block(l, device, dtype)
@@ -126,15 +126,15 @@ def sliced(ckpt, windows, s, normed, device):
         for half in HALVES:
             tensors |= reading(block, half, P)
             half_forward(block, half, h, angles)
-            after = directions(h, s, normed)
+            after = directions(h, s, normed, device)
             project(h, after)
             tensors |= writing(block, half, P, after)
             P = after
         yield l, {f"model.layers.{l}.{name}": w.to(ckpt.dtype) for name, w in tensors.items()}
     norm, lm_head = ckpt.head()
     scale = norm.double() * (ckpt.cfg.dim / s) ** 0.5
-    head = (lm_head.weight.double() * scale) @ P
-    table = ckpt.tensor("model.embed_tokens.weight").double() @ first
+    head = (lm_head.weight.double() * scale) @ P.cpu()
+    table = ckpt.tensor("model.embed_tokens.weight").double() @ first.cpu()
     yield L, {"model.embed_tokens.weight": table.to(ckpt.dtype),
               "model.norm.weight": torch.ones(s, dtype=ckpt.dtype),
               "lm_head.weight": head.to(ckpt.dtype)}

@@ -26,6 +26,12 @@ from support.script import run                       # noqa: E402
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count()))
+GPU = torch.cuda.is_available()
+if GPU:
+    # What is tested runs on the CPU in fp32, as everywhere; only tests that ask for `gpu` see the GPU.
+    torch.cuda.init()
+    torch.cuda.is_available = lambda: False
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 TINY = dict(SMALL, architectures=["LlamaForCausalLM"], model_type="llama")  # 2 blocks, dim 32, 4 heads on 2 kv heads
 
 
@@ -43,6 +49,16 @@ def write_checkpoint(folder, config=TINY, dtype=torch.float32, seed=0, **changes
     save_file(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The GPU, which is seen while the test runs; without one the test is skipped."""
+    if not GPU:
+        pytest.skip("needs a CUDA GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    return torch.device("cuda")
 
 
 @pytest.fixture

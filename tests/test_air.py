@@ -302,8 +302,7 @@ def test_reconstructions_equal_the_authors(official, scale):
             assert np.allclose(losses[:3], numbers[f"loss_{scale}/{layer}"], rtol=1e-3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_cuda_equals_cpu():
+def test_cuda_equals_cpu(gpu):
     W, _, S, I = problem(200, 120, 400)
     cpu, gpu = A.air(W, S, I, 30), A.air(W.cuda(), S.cuda(), I.cuda(), 30)
     assert distance((gpu[0] @ gpu[1]).cpu(), cpu[0] @ cpu[1]) < 1e-8

@@ -516,7 +516,6 @@ def test_no_network(job, tmp_path, monkeypatch):
     assert not list((tmp_path / "data").iterdir())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
 def test_cuda_without_a_gpu(job, air_py):
     _, arguments, out = job
     done = air_py(*arguments, "--device", "cuda")

@@ -6,10 +6,9 @@ import air
 from support import fast
 from conftest import distance
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")),
-]
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    return "cpu" if request.param == "cpu" else request.getfixturevalue("gpu")
 
 
 def with_spectrum(m, n, sigma, seed=0):
@@ -19,7 +18,6 @@ def with_spectrum(m, n, sigma, seed=0):
     return ((U * sigma) @ V.T).float()
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("m, n, k", [(300, 300, 90), (500, 300, 111), (200, 420, 81), (300, 300, 20), (300, 300, 300)])
 @pytest.mark.parametrize(
     "decay, outliers", [(0.1, ()), (1, ()), (3, ()), (1, (300, 100, 30, 10)), (3, (1000, 900)), (8, ()), (0, ())]
@@ -58,7 +56,6 @@ def test_huge_directions_do_not_send_it_to_the_ordinary_svd(monkeypatch):
     assert abs(left - least) < 1e-6 * least
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize(
     "m, n, k, block", [(60, 40, 17, 8), (40, 60, 8, 8), (50, 50, 5, 8), (64, 48, 20, 1), (30, 50, 20, 3)]
@@ -74,7 +71,6 @@ def test_als_sweep_is_air_pys(m, n, k, block, order, device, monkeypatch):
     assert air.objective(Wp, P, *got) < air.objective(Wp, P, *start)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_air_on_a_wide_layer_is_the_same_either_way(monkeypatch, device):
     """The factors' product through fast.py and through the plain lines, fp32: 1e-4; the loss falls either way."""
     g = torch.Generator().manual_seed(5)

@@ -167,8 +167,7 @@ def test_greedy_tokens_are_the_uncached_models(case):
             assert [p + list(row) for p, row in zip(prompts, zip(*steps))] == expected
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_graph_replays_the_eager_steps(case, monkeypatch):
+def test_graph_replays_the_eager_steps(case, monkeypatch, gpu):
     model, rows = case
     monkeypatch.setattr(fast, "SPAN", 4)                                    # several captures, several replays
     model = Llama(model.cfg).requires_grad_(False).eval()

@@ -202,8 +202,7 @@ def test_fp16_is_refused_for_lrp_only(tiny, windows):
         sweep(ckpt, windows, "lrp", torch.float16)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_cuda_equals_cpu(tiny, windows):
+def test_cuda_equals_cpu(tiny, windows, gpu):
     ckpt, inputs = Checkpoint(tiny), {}
     for _ in forward_sweep(ckpt, embed(ckpt, windows, torch.float32), "cuda", keep=inputs):
         pass

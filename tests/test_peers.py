@@ -57,7 +57,7 @@ def test_any_orthogonal_matrices_leave_the_logits_as_they_are(
     generator = torch.Generator().manual_seed(0)
     turns = []
 
-    def random(h, s, normed):
+    def random(h, s, normed, device):
         a = torch.randn(h.shape[-1], s, generator=generator, dtype=torch.float64)
         turns.append(torch.linalg.qr(a)[0])
         return turns[-1]
@@ -110,7 +110,7 @@ def test_directions_are_the_streams_principal_ones(normed):
     if normed:
         rows = rows / np.sqrt((rows ** 2).mean(1, keepdims=True))
     _, _, wanted = np.linalg.svd(rows, full_matrices=False)
-    found = S.directions(h, 5, normed)
+    found = S.directions(h, 5, normed, CPU)
     # Up to signs.
     assert np.allclose(np.abs(wanted[:5] @ found.numpy()), np.eye(5), atol=1e-4)
 
