@@ -236,6 +236,7 @@ class CachedBlock:
         full = (cfg.n_kv_heads, cfg.head_dim)
         if self.value_shape != full:
             self.U = att.v_proj.U.weight.unflatten(0, full).mT
+            self.value_shape = (1, self.U.shape[1])         # on a GPU r is aligned
 
     def vary(self):
         """Its weights are to be compiled for other blocks' ranks, too."""

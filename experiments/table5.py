@@ -24,6 +24,7 @@ FORMS = {
 STACKS = {
     "alone": [],
     "+ refinement": [("refine", {})],
+    "+ refinement, relative error": [("refine", {"error": "relative"})],
     "+ LoRA": [("lora", {})],
     "+ retraining": [("retrain", {})],
     "+ retraining, LoRA": [("retrain", {}), ("lora", {})],

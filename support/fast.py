@@ -235,17 +235,15 @@ class SharedInput:
 def align(model, multiple=8):
     """Pad the ranks of a model's low-rank layers with zeros: same products, aligned rows.
 
-    CUDA's fast 16-bit kernels need them aligned. v_proj keeps its rank, the width of the
-    cache.
+    CUDA's fast 16-bit kernels need them aligned; a cached value of rank r grows with v_proj's.
     """
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LowRank) or name.endswith("v_proj"):
-            continue
-        V = layer.V.weight
-        U = layer.U.weight
-        padding = -len(V) % multiple
-        V.data = F.pad(V, (0, 0, 0, padding))               # (k + padding, n)
-        U.data = F.pad(U, (0, padding))                     # (m, k + padding)
+    for layer in model.modules():
+        if isinstance(layer, LowRank):
+            V = layer.V.weight
+            U = layer.U.weight
+            padding = -len(V) % multiple
+            V.data = F.pad(V, (0, 0, 0, padding))               # (k + padding, n)
+            U.data = F.pad(U, (0, padding))                     # (m, k + padding)
 
 
 # ------------------------------------------------------------ a compiled step
