@@ -29,9 +29,8 @@ if "OMP_NUM_THREADS" not in os.environ:
 GPU = torch.cuda.is_available()
 if GPU:
     # What is tested runs on the CPU in fp32, as everywhere; only tests that ask for `gpu` see the GPU.
-    torch.cuda.init()
     torch.cuda.is_available = lambda: False
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 TINY = dict(SMALL, architectures=["LlamaForCausalLM"], model_type="llama")  # 2 blocks, dim 32, 4 heads on 2 kv heads
 
 
@@ -51,13 +50,25 @@ def write_checkpoint(folder, config=TINY, dtype=torch.float32, seed=0, **changes
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_gpu_elsewhere():
+    """Nor do the processes that tests start see it. Not while tests are collected: workers that run them side by side
+    would inherit it, and skip every test of the GPU."""
+    if GPU:
+        torch.cuda.init()
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """The GPU, which is seen while the test runs; without one the test is skipped."""
     if not GPU:
         pytest.skip("needs a CUDA GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if VISIBLE is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
     return torch.device("cuda")
 
 
