@@ -16,7 +16,7 @@ smollm2: .venv/ready
 # Two processes, a core each: the slow half starts interpreters all the time. Its report follows the other's.
 SLOW = tests/test_large.py tests/test_disk.py tests/test_texts.py tests/test_peers.py
 test: .venv/ready
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SLOW) > .pytest_slow 2>&1 & slow=$$!; \
+	@trap 'kill 0' INT; OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SLOW) > .pytest_slow 2>&1 & slow=$$!; \
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SLOW:%=--ignore=%); first=$$?; \
 	wait $$slow; second=$$?; cat .pytest_slow; exit $$((first + second))
 
@@ -29,25 +29,31 @@ lint: .venv/ready
 	$(PIP) ruff==0.17.6
 	.venv/bin/python -m ruff check .
 
-# The paper's tables and figures on the demo, and the closed forms; goes on where it stopped. Pictures need
+# The paper's tables and figures on the demo, and the closed forms; goes on where it stopped. Two processes, a core
+# each, with statistics of their own: a run that collects some keeps others out. Ctrl-C ends both. Pictures need
 # matplotlib, numbers do not.
-PAPER = table2 table4 table7 table8 fig1 fig2 fig3 fig5 fig6 a6 open_questions closed
+FIRST = table2 table4 table7 table8 fig1 fig2 fig3
+SECOND = closed fig5 fig6 a6 open_questions
+each = (for name in $(1); do .venv/bin/python experiments/$$name.py $(2) || exit 1; done)
 experiments: .venv/ready
 	-$(PIP) matplotlib
-	for name in $(PAPER); do .venv/bin/python experiments/$$name.py || exit 1; done
+	@export OMP_NUM_THREADS=1; trap 'kill 0' INT; \
+	$(call each,$(SECOND),--work out/experiments/second) > .experiments 2>&1 & second=$$!; \
+	$(call each,$(FIRST),); first=$$?; \
+	wait $$second; rest=$$?; cat .experiments; exit $$((first + rest))
 
 # What lies beyond: when AIR is below its baseline, and what is stacked on a result. Hours.
 BEYOND = kinds roots delta table5 table6 samples
 beyond: .venv/ready
 	-$(PIP) matplotlib
-	for name in $(BEYOND); do .venv/bin/python experiments/$$name.py || exit 1; done
+	$(call each,$(BEYOND),)
 
 # Those that say something of a real model, on SmolLM2 (TEXT=… as for it): days on 2 cores, a seed with SEEDS=3.
 SEEDS = 3,4,5
 SMALL = --ckpt data/smollm2 $(if $(TEXT),$(HALVES)) --samples 16 --seqlen 1024 --windows 10 --seeds $(SEEDS)
 smollm2-experiments: .venv/ready
 	-$(PIP) matplotlib
-	for name in closed fig3 table8 roots kinds table7 delta; do .venv/bin/python experiments/$$name.py $(SMALL) || exit 1; done
+	$(call each,closed fig3 table8 roots kinds table7 delta,$(SMALL))
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
