@@ -24,7 +24,6 @@ FORMS = {
 STACKS = {
     "alone": [],
     "+ refinement": [("refine", {})],
-    "+ refinement, relative error": [("refine", {"error": "relative"})],
     "+ LoRA": [("lora", {})],
     "+ retraining": [("retrain", {})],
     "+ retraining, LoRA": [("retrain", {}), ("lora", {})],
