@@ -13,8 +13,8 @@ RESULTS = ROOT / "experiments" / "results"
 # The models in the table of claims, and the texts in a claim.
 MODELS = {"demo": "the demo", "demo-muon": "a demo by Muon", "smollm2": "SmolLM2-135M"}
 NAMED = {"text": "first text", "text2": "second text"}
-SCRIPTS = ("table2", "table4", "table6", "table7", "table8", "fig1", "fig2", "fig3", "fig5", "fig6",
-           "a6", "open_questions")
+SCRIPTS = ("table2", "table4", "table5", "table6", "table7", "table8", "fig1", "fig2", "fig3",
+           "fig5", "fig6", "a6", "open_questions")
 # Okabe and Ito's, which the colour-blind tell apart.
 COLOURS = {"orange": "#E69F00", "sky": "#56B4E9", "blue": "#0072B2", "red": "#D55E00",
            "grey": "#999999", "green": "#009E73", "purple": "#CC79A7"}
