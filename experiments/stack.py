@@ -4,6 +4,8 @@ A step is ("refine" | "lora" | "retrain" | "quantize", its options); a chain of 
 measured once and kept, as every other cell.
 """
 import copy
+import functools
+import json
 
 import torch
 
@@ -118,20 +120,30 @@ def acip(lab, seed, rates):
 
 
 # ------------------------------------------------------------ measurements
+@functools.lru_cache(maxsize=2)
+def after(lab, setting, steps, seed):
+    """The Checkpoint after `steps` on a setting's result, both in JSON. The last two stay in
+    memory, since a chain begins as the one before it did."""
+    job = lab.job(json.loads(setting), seed)
+    *before, last = json.loads(steps) or [None]
+    if last is not None:
+        return stacked(lab, after(lab, setting, json.dumps(before), seed), last, job.windows,
+                       seed)
+    options = options_of(job.setting)
+    sweep = lab.sweep(options, job.windows)
+    return compress(lab.ckpt, sweep, lab.ranks(job, options), options, lab.device)[0]
+
+
 def chain(lab, setting, steps, seed):
     """Perplexity on the first text after `steps` on a setting's result at a seed."""
-    job = lab.job(setting, seed)
     files = ["support/enhance.py", "support/packed.py", *(FILES[name] for name, _ in steps)]
     done = [[name, RECIPES[name] | options] for name, options in steps]
 
     def compute():
-        options = options_of(setting)
-        sweep = lab.sweep(options, job.windows)
-        small, _ = compress(lab.ckpt, sweep, lab.ranks(job, options), options, lab.device)
-        for step in steps:
-            small = stacked(lab, small, step, job.windows, seed)
+        small = after(lab, json.dumps(setting), json.dumps(steps), seed)
         return evaluate(small, lab.evaluation("text"), lab.device, lab.dtype)["ppl"]
-    return lab.cell({"job": job.key, "steps": done, "seed": seed}, compute, *files)
+    key = lab.job(setting, seed).key
+    return lab.cell({"job": key, "steps": done, "seed": seed}, compute, *files)
 
 
 def measure_acip(lab, rates):
