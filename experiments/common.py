@@ -337,14 +337,19 @@ class Lab:
         facts = facts | {"dtype": str(self.dtype), "code": code}
         return json.dumps(facts, sort_keys=True)
 
-    def cell(self, facts, compute, *files):
-        """compute() -> a JSON value, or what an earlier run kept under the same key."""
+    def cell(self, facts, compute, *files, what=""):
+        """compute() -> a JSON value, or what an earlier run kept under the same key.
+
+        what: what it is, for the reader of a long run.
+        """
         key = self.key(facts, *files)
         if key not in self.cells:
             start = time.time()
             self.cells.keep(key, compute())
             took = time.time() - start
-            self.progress.say(f"{self.script}  {json.dumps(facts)[:80]} …   {took:.1f} s")
+            value = self.cells[key]
+            ppl = f": {number(value)}" if isinstance(value, float) else ""
+            self.progress.say(f"{self.script}  {what}{ppl}   {took:.1f} s")
         return self.cells[key]
 
     # -------------------------------------------------------- measurements
@@ -354,7 +359,7 @@ class Lab:
 
         def compute():
             return evaluate(self.ckpt, windows, self.device, self.dtype)
-        return self.cell({"dense": digest(windows)}, compute)["ppl"]
+        return self.cell({"dense": digest(windows)}, compute, what="dense")["ppl"]
 
     def dense_states(self, which):
         """The dense checkpoint's last states on a text, computed once for all methods."""
@@ -406,14 +411,19 @@ class Lab:
             return find_ranks(self.ckpt, wholes, uniform, held, self.device, self.dtype)
         found = {"ranks": digest(job.windows), "rate": job.setting["rate"],
                  "ridge": options.ridge, "seed": job.seed}
-        return self.cell(found, search, "support/ranks.py")
+        what = f"measured ranks, {job.setting['rate']:g}, seed {job.seed}"
+        return self.cell(found, search, "support/ranks.py", what=what)
+
+    def compressed(self, job, sweep=None):
+        """(the Checkpoint that a job's method gives, its Losses), as `compress` has them."""
+        options = options_of(job.setting)
+        ranks = self.ranks(job, options)
+        stats = (sweep or self.sweep)(options, job.windows)
+        return compress(self.ckpt, stats, ranks, options, self.device)
 
     def compute(self, job, texts, js, sweep):
         """A job's cell, with figures of `texts` added to those it had."""
-        options = options_of(job.setting)
-        ranks = self.ranks(job, options)
-        stats = sweep(options, job.windows)
-        small, losses = compress(self.ckpt, stats, ranks, options, self.device)
+        small, losses = self.compressed(job, sweep)
         falls = [each.after / each.before for each in losses]
         descent = mean_spread(falls)[0] if falls else None
         cell = self.cells.get(job.key) or {"ppl": {}, "js": {}, "descent": descent}
@@ -444,7 +454,7 @@ class Lab:
             # Compute what the cell lacks; kept at once, a killed run has it.
             start = time.time()
             missing = self.lacking(key, texts, what)
-            self.cells.keep(key, self.compute(job, missing, js, sweep or self.sweep))
+            self.cells.keep(key, self.compute(job, missing, js, sweep))
             # Say what it was, its perplexity on the first text, the time it took.
             named = " ".join(map(str, job.setting.values()))
             if job.seed is not None:

@@ -159,8 +159,8 @@ def main():
     for seed in lab.seeds:
         windows = lab.calibration(seed)
         facts = {"fig1": l, "calibration": digest(windows)}
-        own = "experiments/fig1.py"
-        found.append(lab.cell(facts, lambda: measure(lab, windows, l), own))
+        found.append(lab.cell(facts, lambda: measure(lab, windows, l),
+                              "experiments/fig1.py", what=f"{layer}, seed {seed}"))
     result = {"block": l, "layer": match[2], "curves": found}
     lab.finish(sys.modules[__name__], result, picture)
 

@@ -186,8 +186,8 @@ def main():
     for seed in lab.seeds:
         windows = lab.calibration(seed)
         facts = {"fig2": seed, "calibration": digest(windows)}
-        own = "experiments/fig2.py"
-        found.append(lab.cell(facts, lambda: measure(lab, windows, seed), own))
+        found.append(lab.cell(facts, lambda: measure(lab, windows, seed),
+                              "experiments/fig2.py", what=f"seed {seed}"))
     means = {}
     for kind in KINDS:
         means[kind] = [mean_spread(each[kind]["spearman"])[0] for each in found]

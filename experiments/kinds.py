@@ -5,33 +5,61 @@
 Every weight by SVD-LLM(W), but one kind, in all blocks, by AIR; against SVD-LLM(W) for
 all. Writes experiments/results/kinds-NAME.json.
 """
+import copy
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from air import METHODS, Method, air, normalise, svdllm
+from eval_ppl import evaluate
 from experiments.common import Lab, setup_of
 from experiments.report import compare, find, percent, show, table
 from model import LAYERS
 from support.script import run
+from support.texts import digest
 
 RATES = (0.6,)
 DELTAS = (0.5, 2.0)
 KINDS = tuple(layer.split(".")[1] for layer in LAYERS)
 
 
-def one_kind(kind):
-    """The Method: AIR where a layer is of this kind, SVD-LLM(W) elsewhere."""
-    def factors(x, o):
-        if not x.name.endswith(kind):
-            return svdllm(x.W, x.S, x.k)
-        return air(x.W, x.S, normalise(x.influence("lrp")), x.k, o.delta)[:2]
-    return Method(factors, "influence")
+# ------------------------------------------------------------ cells
+def mixture(base, other, kind):
+    """The Checkpoint `base` with every layer of a kind as it is in `other`."""
+    mixed = copy.copy(base)
+    mixed.tensors = base.tensors | {name: w for name, w in other.tensors.items()
+                                    if f".{kind}." in name}
+    return mixed
 
 
-METHODS.update({kind: one_kind(kind) for kind in KINDS})
+def cell(lab, rate, delta, seed):
+    """{method or kind: perplexity} at a seed: both models are made once, then mixed."""
+    base = lab.job({"method": "svdllm", "rate": rate}, seed)
+    other = lab.job({"method": "air", "rate": rate, "delta": delta}, seed)
+
+    def compute():
+        made = {"svdllm": lab.compressed(base)[0], "air": lab.compressed(other)[0]}
+        made |= {kind: mixture(made["svdllm"], made["air"], kind) for kind in KINDS}
+        return {name: evaluate(small, lab.evaluation("text"), lab.device, lab.dtype)["ppl"]
+                for name, small in made.items()}
+    facts = {"kinds": KINDS, "base": base.key, "other": other.key,
+             "text": digest(lab.evaluation("text"))}
+    what = f"one kind at a time, {rate:g}, δ = {delta:g}, seed {seed}"
+    return lab.cell(facts, compute, what=what)
 
 
+def measure(lab):
+    """A row a method or kind, rate and δ; SVD-LLM(W) knows no δ."""
+    rows = []
+    for rate in RATES:
+        for delta in DELTAS:
+            cells = [cell(lab, rate, delta, seed) for seed in lab.seeds]
+            for name in cells[0]:
+                ppl = {"text": [each[name] for each in cells]}
+                rows.append({"method": name, "rate": rate, "delta": delta, "ppl": ppl})
+    return rows
+
+
+# ------------------------------------------------------------ the table
 def gap(result, method, delta, rate):
     """Against SVD-LLM(W) for every weight."""
     base = find(result["rows"], method="svdllm", rate=rate)["ppl"]["text"]
@@ -58,10 +86,7 @@ def verdicts(result):
 
 def main():
     lab = Lab("kinds", setup_of(__doc__))
-    settings = [{"method": "svdllm", "rate": rate} for rate in RATES]
-    settings += [{"method": method, "rate": rate, "delta": delta}
-                 for rate in RATES for delta in DELTAS for method in (*KINDS, "air")]
-    lab.finish(sys.modules[__name__], {"rows": lab.measure(settings)})
+    lab.finish(sys.modules[__name__], {"rows": measure(lab)})
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments.common import Lab, Setup, arguments, compress, options_of
-from experiments.stack import stacked
+from experiments.common import Lab, Setup, arguments
+from experiments.stack import after
 from generate import Decoder, generate
 from support.config import own_defaults
 from support.script import run, write_json, write_whole
@@ -46,13 +46,7 @@ def continued(ckpt, prompts, tokens, lab):
 def small_model(lab, form, rate, seed):
     """The Checkpoint of a form at a rate, in memory."""
     setting, steps = FORMS[form]
-    job = lab.job(setting | {"rate": rate}, seed)
-    options = options_of(job.setting)
-    sweep = lab.sweep(options, job.windows)
-    small, _ = compress(lab.ckpt, sweep, lab.ranks(job, options), options, lab.device)
-    for step in steps:
-        small = stacked(lab, small, step, job.windows, seed)
-    return small
+    return after(lab, setting | {"rate": rate}, steps, seed)
 
 
 def measure(lab, prompts, tokens):

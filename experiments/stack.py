@@ -14,7 +14,6 @@ from enhance.quantize import quantize
 from enhance.refine import refine
 from enhance.retrain import retrain
 from eval_ppl import evaluate
-from experiments.common import compress, options_of
 from peers.acip import OPTIONS, Training, blocks_of, learn, put_on
 from support.checkpoint import in_memory
 from support.config import compressed_config, parse_config
@@ -121,17 +120,19 @@ def acip(lab, seed, rates):
 
 # ------------------------------------------------------------ measurements
 @functools.lru_cache(maxsize=2)
-def after(lab, setting, steps, seed):
-    """The Checkpoint after `steps` on a setting's result, both in JSON. The last two stay in
-    memory, since a chain begins as the one before it did."""
+def kept(lab, setting, steps, seed):
+    """`after` of JSON, whose last two results stay in memory."""
     job = lab.job(json.loads(setting), seed)
     *before, last = json.loads(steps) or [None]
-    if last is not None:
-        return stacked(lab, after(lab, setting, json.dumps(before), seed), last, job.windows,
-                       seed)
-    options = options_of(job.setting)
-    sweep = lab.sweep(options, job.windows)
-    return compress(lab.ckpt, sweep, lab.ranks(job, options), options, lab.device)[0]
+    if last is None:
+        return lab.compressed(job)[0]
+    return stacked(lab, after(lab, job.setting, before, seed), last, job.windows, seed)
+
+
+def after(lab, setting, steps, seed):
+    """The Checkpoint after `steps` on a setting's result at a seed. A chain that begins as
+    the one before it did goes on from there."""
+    return kept(lab, json.dumps(setting), json.dumps(steps), seed)
 
 
 def chain(lab, setting, steps, seed):
@@ -140,10 +141,12 @@ def chain(lab, setting, steps, seed):
     done = [[name, RECIPES[name] | options] for name, options in steps]
 
     def compute():
-        small = after(lab, json.dumps(setting), json.dumps(steps), seed)
+        small = after(lab, setting, steps, seed)
         return evaluate(small, lab.evaluation("text"), lab.device, lab.dtype)["ppl"]
-    key = lab.job(setting, seed).key
-    return lab.cell({"job": key, "steps": done, "seed": seed}, compute, *files)
+    facts = {"job": lab.job(setting, seed).key, "steps": done, "seed": seed}
+    named = " + ".join([setting["form"], *(name for name, _ in steps)])
+    what = f"{named}, {setting['rate']:g}, seed {seed}"
+    return lab.cell(facts, compute, *files, what=what)
 
 
 def measure_acip(lab, rates):
@@ -154,7 +157,8 @@ def measure_acip(lab, rates):
                  "calibration": digest(lab.calibration(seed)),
                  "text": digest(lab.evaluation("text"))}
         cells.append(lab.cell(facts, lambda s=seed: acip(lab, s, rates), "peers/acip.py",
-                              "enhance/lora.py", "enhance/retrain.py", "support/enhance.py"))
+                              "enhance/lora.py", "enhance/retrain.py", "support/enhance.py",
+                              what=f"ACIP, seed {seed}"))
     return [{"form": "ACIP", "stack": "its adapters", "rate": rate,
              "ppl": {"text": [cell.get(f"{rate:g}") for cell in cells]}} for rate in rates]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from air import pick_ranks
 from eval_ppl import evaluate
-from experiments.common import Lab, Setup, arguments, compress, options_of
+from experiments.common import Lab, Setup, arguments
 from experiments.report import (compare, every, find, listed, mean_spread, rates_of, show,
                                 table, verdict)
 from experiments.stack import compact
@@ -91,12 +91,9 @@ def closed(lab, form, seed, rate):
     job = lab.job(FORMS[form] | {"rate": rate}, seed)
 
     def compute():
-        options = options_of(job.setting)
-        sweep = lab.sweep(options, job.windows)
-        small, _ = compress(lab.ckpt, sweep, lab.ranks(job, options), options, lab.device)
-        return scored(lab, small)
+        return scored(lab, lab.compressed(job)[0])
     facts = {"job": job.key, "sized": True, "text": digest(lab.evaluation("text"))}
-    return lab.cell(facts, compute)
+    return lab.cell(facts, compute, what=f"{form}, {rate:g}, seed {seed}")
 
 
 def row(name, rate, cells):
@@ -113,7 +110,7 @@ def peer(lab, name, seed, rates, by):
         compute = functools.partial(pruned, lab, seed, rates, by)
     facts = {"peer": name, "rates": rates, "calibration": digest(windows),
              "text": digest(lab.evaluation("text"))}
-    return lab.cell(facts, compute, f"peers/{name.lower()}.py")
+    return lab.cell(facts, compute, f"peers/{name.lower()}.py", what=f"{name}, seed {seed}")
 
 
 def measure(lab, rates, by):

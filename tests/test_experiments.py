@@ -480,11 +480,15 @@ def test_one_kind_by_air_is_that_kinds_factors_and_all_the_others(result_of, lab
     assert find(result["rows"], method="air", delta=0.5)["ppl"]["text"] == ppl_of(lab, method="air", delta=0.5)
     values = [find(result["rows"], method=kind, delta=2.0)["ppl"]["text"] for kind in module.KINDS]
     assert len(module.KINDS) == len({tuple(each) for each in values}) == 7
-    x = air.Layer("model.layers.0.mlp.up_proj", torch.randn(6, 5), 2,
-                  air.Inputs("", torch.eye(5, dtype=torch.float64), None, 0.0), {"lrp": torch.rand(6, 5)})
-    mine, others = (air.METHODS[kind].factors(x, Options(delta=2.0))[0] for kind in ("up_proj", "gate_proj"))
-    assert torch.equal(mine, air.METHODS["air"].factors(x, Options(delta=2.0))[0])
-    assert torch.equal(others, air.METHODS["svdllm"].factors(x, Options())[0]) and not torch.equal(mine, others)
+    assert find(result["rows"], method="svdllm", delta=2.0)["ppl"]["text"] == ppl_of(lab, method="svdllm")
+    # By hand: one kind's factors of AIR, everything else SVD-LLM(W)'s.
+    here = lab(seeds="3")
+    jobs = (here.job({"method": method, "rate": 0.6}, 3) for method in ("svdllm", "air"))
+    base, other = (here.compressed(job)[0] for job in jobs)
+    mixed = {name: (other if "up_proj" in name else base).tensors[name] for name in base.names}
+    base.tensors = mixed
+    wanted = evaluate(base, here.evaluation("text"), here.device, here.dtype)["ppl"]
+    assert find(result["rows"], method="up_proj", delta=2.0)["ppl"]["text"] == [wanted]
 
 
 def test_roots_and_ridges_are_what_they_are_called(result_of, lab):
