@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments.common import Lab, setup_of
+from experiments.common import Lab, Setup, arguments
 from experiments.report import (NAMED, against, every, find, percent, show, table,
                                 verdict)
 from support.script import run
@@ -58,10 +58,15 @@ def verdicts(result):
 
 
 def main():
-    lab = Lab("a6", setup_of(__doc__))
+    p = arguments(__doc__)
+    p.add_argument("--calib2", help="the second calibration text (default: the second text, "
+                   "of which a file is not split in two)")
+    args = vars(p.parse_args())
+    second = args.pop("calib2")
+    lab = Lab("a6", Setup(**args))
     for which in TEXTS:
         lab.evaluation(which)                           # refuses a missing second text
-    calibs = (lab.calib, lab.texts["text2"])
+    calibs = (lab.calib, second or lab.texts["text2"])
     settings = [{"method": method, "rate": RATE, "calib": calib}
                 for calib in calibs for method in ROWS]
     result = {"calibs": calibs, "rows": lab.measure(settings, TEXTS)}

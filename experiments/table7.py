@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments.common import Lab, setup_of
-from experiments.report import against, every, find, listed, show, table, verdict
+from experiments.common import Lab, Setup, arguments
+from experiments.report import (against, every, find, listed, rates_of, show, table,
+                                verdict)
 from support.script import run
 
 RATES = (0.6, 0.4)
@@ -37,7 +38,7 @@ def scales_of(signal):
 def markdown(result):
     """A row a signal; both scalings at both rates, the paper's figure beside."""
     lines = []
-    columns = [(rate, scale) for rate in RATES for scale in SCALES]
+    columns = [(rate, scale) for rate in rates_of(result) for scale in SCALES]
     for signal, (name, paper) in SIGNALS.items():
         # What was not measured with a scaling is the same without.
         line = [name]
@@ -53,10 +54,11 @@ def markdown(result):
 def pair(result, a, b="lrp"):
     """Signal a against b at every rate, with the paper's scaling."""
     a, b = ({"signal": each, "scale": "mean"} for each in (a, b))
-    return against(result["rows"], "rate", RATES, a, b)
+    return against(result["rows"], "rate", rates_of(result), a, b)
 
 
 def integration_dominates(result):
+    rates = rates_of(result)
     wxg = pair(result, "wxg")
     fisher = pair(result, "fisher")
     signals = wxg + fisher + pair(result, "wxg", "fisher")
@@ -65,7 +67,7 @@ def integration_dominates(result):
         "Integration dominates the signal: LRP, W×Grad and Fisher yield the same "
         "perplexity (here: to 1 %).",
         known and all(abs(mean) <= 1 for mean, *_ in signals),
-        f"against LRP, W×Grad {listed(RATES, wxg)}, and Fisher {listed(RATES, fisher)}.",
+        f"against LRP, W×Grad {listed(rates, wxg)}, and Fisher {listed(rates, fisher)}.",
         "Fisher squares the gradient, so few weights carry nearly all of its influence "
         "and the rest are left with the all-ones anchor; W×Grad and LRP are of first "
         "order. To tell: √Fisher, of the gradient's own scale (compare the row "
@@ -77,7 +79,7 @@ def falls_behind(result, signal, name):
     return verdict(
         f"The uninformative baseline '{name}' falls behind LRP.",
         every(gaps, "higher"),
-        f"{name} against LRP, {listed(RATES, gaps)}.",
+        f"{name} against LRP, {listed(rates_of(result), gaps)}.",
         "where AIR gains nothing over SVD-LLM(W), which is 'all ones', no signal can "
         "fall behind. To tell: the rates between, and a larger checkpoint.")
 
@@ -93,17 +95,19 @@ def verdicts(result):
             "(Not in the paper.) LRP started at the last token only, as in the released "
             "code, is no worse than at every token.",
             every(every_token, "no difference", "higher"),
-            f"every token against the last, {listed(RATES, every_token)}.",
+            f"every token against the last, {listed(rates_of(result), every_token)}.",
             "one token a window leaves most of the text's relevance unused. To tell: "
             "four times the windows, last token only."),
     ]
 
 
 def main():
-    lab = Lab("table7", setup_of(__doc__))
+    args = vars(arguments(__doc__, RATES).parse_args())
+    rates = args.pop("rates")
+    lab = Lab("table7", Setup(**args))
     settings = []
     for signal in SIGNALS:
-        for rate in RATES:
+        for rate in rates:
             for scale in scales_of(signal):
                 settings.append({"method": "air", "rate": rate, "signal": signal,
                                  "scale": scale})
