@@ -146,13 +146,16 @@ class Matrix:
     The weights given become views of it: nothing is held twice, and their model still
     computes the same. On a CPU MKL multiplies few fp32 rows of x on one thread, which
     cannot draw the memory's bandwidth; as a batch, one slice of w a thread, it uses all.
-    A tall matrix is stored column after column there: short rows are slow to sum.
+    A tall matrix is stored column after column there: short rows are slow to sum. In 16
+    bits F.linear arranges w anew at every call; for a single row `mv` does not.
     """
 
     def __init__(self, *weights):
         like = weights[0]
         n = like.shape[1]
-        sliced = like.dtype == torch.float32 and like.device.type == "cpu"
+        host = like.device.type == "cpu"
+        sliced = host and like.dtype == torch.float32
+        self.single = host and not sliced                   # one row goes through mv
         threads = torch.get_num_threads()
         self.sizes = [len(w) for w in weights]
         # Rows of zeros, so that all slices are equal.
@@ -169,7 +172,9 @@ class Matrix:
 
     def __call__(self, x):
         rows = x.numel() // x.shape[-1]
-        if self.slices is None or rows > FEW:
+        if self.single and rows == 1:
+            y = torch.mv(self.w, x.flatten()).view(*x.shape[:-1], -1)
+        elif self.slices is None or rows > FEW:
             y = F.linear(x, self.w)
         else:
             flat = x.reshape(1, rows, -1)

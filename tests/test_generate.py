@@ -266,6 +266,24 @@ def test_a_stored_matrix_multiplies_as_linear_does():
         assert torch.allclose(y, F.linear(x, w), atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_matrix_of_16_bits_rounds_once_and_is_held_once(dtype):
+    """Against the same weights in float64: half a unit in the last place of each sum, whatever multiplies it."""
+    unit = torch.finfo(dtype).eps
+    for sizes, n in (((1,), 1), ((7,), 33), ((33, 8), 8), ((1,), 40), ((31, 32, 33), 7), ((192,), 576)):
+        parts = [torch.randn(m, n).to(dtype) for m in sizes]
+        wanted = [w.double() for w in parts]
+        matrix = fast.Matrix(*parts)
+        assert {w.untyped_storage().data_ptr() for w in parts} == {matrix.w.untyped_storage().data_ptr()}
+        for shape in ((1, 1), (1,), (31, 1), (32, 1), (33, 1)):
+            x = torch.randn(*shape, n).to(dtype)
+            for y, w in zip(matrix(x), wanted, strict=True):
+                exact = x.double() @ w.T
+                most = x.double().abs() @ w.abs().T                     # what fp32 sums may lose grows with this
+                assert y.dtype == dtype and y.shape == exact.shape
+                assert (y.double() - exact).abs().le(unit * exact.abs() + 1e-5 * most + 1e-7).all()
+
+
 def test_alignment_changes_no_logit(case):
     """What CUDA gets: ranks padded with zeros, and cached values with them."""
     model, rows = case
