@@ -336,19 +336,16 @@ class Decoder:
         self.device = self.embedding.device
         self.dtype = self.embedding.dtype
         self.graph = self.on.graph and self.on.o3 and self.device.type == "cuda"
-        store = Weight if self.on.compile else Matrix
-        self.head = store(model.lm_head.weight)
+        self.head = Matrix(model.lm_head.weight)
         if self.device.type == "cuda":
             align(model)
         self.blocks = [CachedBlock(block, self.cfg, l, self.on)
                        for l, block in enumerate(model.model.layers)]
-        # What a step runs; a prompt runs the plain ones.
+        # What a step runs; a prompt runs the plain one.
         self.fast_block = CachedBlock.__call__
-        self.fast_logits = Decoder.last_logits
         if self.on.compile:
             # All blocks are alike but for their ranks: compiled once.
             self.fast_block = compiled(self.fast_block)
-            self.fast_logits = compiled(self.fast_logits)
             for block in self.blocks:
                 block.vary()
 
@@ -428,15 +425,11 @@ class Decoder:
             of_any_size(seen, 0)
             if mask is not None:
                 of_any_size(mask, 3)
-        run_block = CachedBlock.__call__
-        to_logits = Decoder.last_logits
-        if ids.shape[1] == 1:
-            run_block = self.fast_block
-            to_logits = self.fast_logits
+        run_block = self.fast_block if ids.shape[1] == 1 else CachedBlock.__call__
         x = F.embedding(ids, self.embedding)                            # (B, T, dim)
         for block, cache in zip(self.blocks, self.cache):
             x = run_block(block, x, cache, step)
-        return to_logits(self, x)
+        return self.last_logits(x)
 
     def last_logits(self, x):
         """The last block's output (B, T, dim) -> the last column's logits (B, vocab)."""

@@ -148,13 +148,13 @@ def there(package):
 
 
 def sides_of(config, rate, device, dtype, folder):
-    """{name: side} of what is installed here; the dense models share their weights."""
+    """{name: side} of what is installed here; the dense models have the same weights."""
     dense = random_model(config, device, dtype)
     small = at_rate(config, rate)
     sides = {"dense": ours(random_model(config, device, dtype)),
              f"{rate:g}": ours(random_model(small, device, dtype))}
     if shutil.which("g++") or device.type == "cuda":
-        sides["dense, compiled"] = ours(dense, compile=True)
+        sides["dense, compiled"] = ours(random_model(config, device, dtype), compile=True)
         sides[f"{rate:g}, compiled"] = ours(random_model(small, device, dtype), compile=True)
     if there("transformers"):
         sides["transformers"] = transformers_side(config, dense)

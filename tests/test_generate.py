@@ -312,11 +312,12 @@ def test_a_compiled_step_is_the_plain_step_and_is_compiled_once(tmp_path):
     """Logits to 1e-4 and the same greedy tokens; one compilation for blocks of unlike ranks and a cache that grows."""
     config = dict(CASES["norms of q and k low-rank"], air={"ranks": UNLIKE})
     model = Checkpoint(write_checkpoint(tmp_path, config)).model()
-    own = {w.untyped_storage().data_ptr() for w in model.parameters()}
+    own = {w.untyped_storage().data_ptr() for w in model.model.layers.parameters()}
     ids = torch.randint(64, (5 + STEPS,), generator=torch.Generator().manual_seed(3))
     expected = model(ids[None])[0]
     decoder = G.Decoder(model, compile=True)
-    assert {w.untyped_storage().data_ptr() for w in model.parameters()} == own              # the weights as they were
+    # The blocks' weights as they were.
+    assert {w.untyped_storage().data_ptr() for w in model.model.layers.parameters()} == own
     decoder.prefill([ids[:5].tolist()], STEPS + 1)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for t in range(5, 5 + STEPS):
