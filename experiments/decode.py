@@ -147,20 +147,29 @@ def there(package):
     return importlib.util.find_spec(package) is not None
 
 
-def sides_of(config, rate, device, dtype, folder):
-    """{name: side} of what is installed here; the dense models have the same weights."""
-    dense = random_model(config, device, dtype)
+def sides_of(config, rate, device, dtype, folder, wanted=""):
+    """{name: side} of what is installed here, or of those `wanted` ("a; b"); the dense
+    ones have the same weights. Raises InputError for a side that is not here."""
     small = at_rate(config, rate)
-    sides = {"dense": ours(random_model(config, device, dtype)),
-             f"{rate:g}": ours(random_model(small, device, dtype))}
+
+    def made(config, **switches):
+        return ours(random_model(config, device, dtype), **switches)
+
+    def theirs(side, *more):
+        return side(config, random_model(config, device, dtype), *more)
+    makers = {"dense": lambda: made(config), f"{rate:g}": lambda: made(small)}
     if shutil.which("g++") or device.type == "cuda":
-        sides["dense, compiled"] = ours(random_model(config, device, dtype), compile=True)
-        sides[f"{rate:g}, compiled"] = ours(random_model(small, device, dtype), compile=True)
+        makers["dense, compiled"] = lambda: made(config, compile=True)
+        makers[f"{rate:g}, compiled"] = lambda: made(small, compile=True)
     if there("transformers"):
-        sides["transformers"] = transformers_side(config, dense)
+        makers["transformers"] = lambda: theirs(transformers_side)
     if there("llama_cpp") and there("gguf") and device.type == "cpu":
-        sides["llama.cpp"] = llama_cpp_side(config, dense, folder)
-    return sides
+        makers["llama.cpp"] = lambda: theirs(llama_cpp_side, folder)
+    names = [name.strip() for name in wanted.split(";")] if wanted else list(makers)
+    unknown = [name for name in names if name not in makers]
+    if unknown:
+        raise InputError(f"--sides has {unknown[0]!r}; here are {'; '.join(makers)}")
+    return {name: makers[name]() for name in names}
 
 
 # ------------------------------------------------------------ turns
@@ -240,6 +249,8 @@ def parse_arguments():
     p.add_argument("--batches", default="1,4,16,64")
     p.add_argument("--prompts", default="128,1024,2048", help="tokens of a prompt, batch 1")
     p.add_argument("--tokens", type=int, default=32, help="new tokens a turn (default 32)")
+    p.add_argument("--sides", default="", help="those of one run, such as 'dense; 0.6', where "
+                   "all do not fit in memory (default: all)")
     p.add_argument("--rounds", type=int, default=5, help="(default 5)")
     p.add_argument("--out", help="name of the JSON (default: in experiments/results)")
     return p.parse_args()
@@ -271,7 +282,8 @@ def main():
         common = {"shape": name, "dtype": dtype, "rate": args.rate, "vocab": cfg.vocab}
         common |= machine(args.device)
         with tempfile.TemporaryDirectory() as folder:
-            sides = sides_of(config, args.rate, device, getattr(torch, dtype), folder)
+            sides = sides_of(config, args.rate, device, getattr(torch, dtype), folder,
+                             args.sides)
             for what in batches + prompts:
                 rows += rows_of(sides, what, common, args.rounds)
             del sides
