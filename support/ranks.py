@@ -57,18 +57,19 @@ def held_windows(text, ckpt, windows, seed):
 
 
 # ------------------------------------------------------------ the compressed model
-def product(U, V, k):
-    return U[:, :k].float() @ V[:k].float()
+def product(U, V, k, device):
+    return U[:, :k].to(device).float() @ V[:k].to(device).float()
 
 
-def cut(ckpt, wholes, ranks):
-    """`ckpt` with W = U V of rank k in place of each weight, multiplied when it is read."""
+def cut(ckpt, wholes, ranks, device):
+    """`ckpt` with W = U V of rank k in place of each weight, multiplied on `device` when it
+    is read."""
     made = {}
     for layer, k in ranks.items():
         U, V = wholes[layer][:2]
         shape = U.shape[0], V.shape[1]
         made[layer + ".weight"] = Stored(
-            shape, torch.float32, lambda U=U, V=V, k=k: product(U, V, k))
+            shape, torch.float32, lambda U=U, V=V, k=k: product(U, V, k, device))
     small = copy.copy(ckpt)
     small.tensors = ckpt.tensors | made
     return small
@@ -143,7 +144,7 @@ def find_ranks(ckpt, wholes, ranks, windows, device, dtype):
     wholes {layer: Whole}; windows (N, T). Steps are halved where the loss falls by little
     or not at all. Prints a line a step.
     """
-    small = cut(ckpt, wholes, ranks)
+    small = cut(ckpt, wholes, ranks, device)
     ppl = evaluate(small, windows, device, dtype)["ppl"]
     say(f"ranks: uniform ones give perplexity {ppl:.3f} on {len(windows)} calibration "
         "windows")
@@ -152,7 +153,7 @@ def find_ranks(ckpt, wholes, ranks, windows, device, dtype):
     for _ in range(STEPS):
         found = found or slopes(ckpt, small, windows, device, dtype)
         moved = spend(wholes, scales_of(wholes, ranks, found), ranks, step)
-        tried = cut(ckpt, wholes, moved)
+        tried = cut(ckpt, wholes, moved, device)
         new = evaluate(tried, windows, device, dtype)["ppl"]
         say(f"ranks: a step of {step:.0%} gives {new:.3f}")
         if not new < (1 - ENOUGH) * ppl:

@@ -37,7 +37,7 @@ def test_a_layers_components_are_its_weight_and_its_energies_its_predicted_loss(
             whole = wholes[layer.name]
             assert whole.cost == sum(layer.W.shape) and len(whole.energy) == A.rank_at(1.0, *layer.W.shape)
             for k in (1, 3, len(whole.energy)):
-                D = (layer.W - R.product(whole.U, whole.V, k)).double()
+                D = (layer.W - R.product(whole.U, whole.V, k, CPU)).double()
                 wanted = (layer.L.T @ D @ layer.S).square().sum().item()
                 assert whole.dropped(k) == pytest.approx(wanted, rel=1e-4, abs=1e-6 * whole.total)
 
@@ -46,7 +46,7 @@ def test_a_layers_components_are_its_weight_and_its_energies_its_predicted_loss(
 def test_slopes_are_the_losss_derivative_towards_the_dense_weight(tmp_path, windows, architecture):
     ckpt = Checkpoint(str(write_checkpoint(tmp_path / "m", architectures=[architecture])))
     wholes = wholes_of(ckpt, windows)
-    small = R.cut(ckpt, wholes, A.pick_ranks(ckpt, range(2), 0.5))
+    small = R.cut(ckpt, wholes, A.pick_ranks(ckpt, range(2), 0.5), CPU)
     found = R.slopes(ckpt, small, windows, CPU, torch.float64)
     assert found.keys() == wholes.keys()
     for layer in found:
@@ -54,7 +54,7 @@ def test_slopes_are_the_losss_derivative_towards_the_dense_weight(tmp_path, wind
         D = ckpt.tensor(layer + ".weight").double() - W
         losses = []
         for step in (-1e-4, 1e-4):
-            moved = R.cut(ckpt, {}, {})
+            moved = R.cut(ckpt, {}, {}, CPU)
             moved.tensors = small.tensors | in_memory({layer + ".weight": W + step * D})
             losses.append(mean_loss(moved, windows))
         assert found[layer] == pytest.approx((losses[0] - losses[1]) / 2e-4, rel=1e-3, abs=1e-4), layer
@@ -106,7 +106,7 @@ def test_the_search_never_ends_above_uniform_ranks_and_spends_no_more(tiny, wind
     assert found == R.find_ranks(ckpt, wholes, uniform, windows, CPU, torch.float32)
     cost = [sum(wholes[x].cost * k[x] for x in wholes) for k in (found, uniform)]
     assert cost[0] <= cost[1]
-    losses = [mean_loss(R.cut(ckpt, wholes, k), windows) for k in (found, uniform)]
+    losses = [mean_loss(R.cut(ckpt, wholes, k, CPU), windows) for k in (found, uniform)]
     assert losses[0] <= losses[1] + 1e-6
     assert all(1 <= k <= len(wholes[x].energy) for x, k in found.items())
 
