@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any f
 from enhance.retrain import Loss, model_plan
 from model import LowRank
 from support.enhance import (Course, arguments, balance, batch_at, learn, linear_at,
-                             prepare, write_model)
+                             prepare, warm_up_of, write_model)
 from support.script import run
 from support.texts import instruction_rows
 from support.tokenizer import Tokenizer
 
-WARM_UP = 100                   # steps
+WARM_UP = 100                   # steps; not in the papers: of few, a fifth
 CUTOFF = 256                    # tokens of an instruction and its answer
 STAGES = ("U", "V")
 
@@ -120,6 +120,7 @@ def lora(task, model, folder=None):
     balance(model)
     loss = Loss(model, task.device, task.dtype)
     steps = o["epochs"] * -(-len(task.windows) // o["batch"])
+    warm_up = warm_up_of(steps, WARM_UP)
 
     def gradient(step):
         model.train()
@@ -131,7 +132,7 @@ def lora(task, model, folder=None):
         adapters = put_on(model, which, o)
         course = Course(adapters, o, torch.float32, folder, f"training-{which}")
         for step, found in learn(course, steps, gradient, lambda: loss.mean(task.held),
-                                 lambda step: linear_at(step, steps, WARM_UP)):
+                                 lambda step: linear_at(step, steps, warm_up)):
             yield which, step, found
         merge(model, which)
 

@@ -18,8 +18,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from calibrate import block_forward, embed
 from model import LowRank, rope
-from support.enhance import (advance, arguments, make_plan, own, prepare, weights_of,
-                             write_blocks)
+from support.enhance import (advance, arguments, check_finite, make_plan, own, prepare,
+                             weights_of, write_blocks)
 from support.packed import WIDTHS, dequantize, grid_of, packed_tensors
 from support.progress import told
 from support.script import run
@@ -116,6 +116,8 @@ def input_grams(block, layers, h, angles):
     block_forward(block, h, torch.empty_like(h), angles, gram=False)
     for hook in hooks:
         hook.remove()
+    for name, gram in grams.items():
+        check_finite(gram, f"ΣXXᵀ of {name}")
     return grams
 
 

@@ -20,8 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from calibrate import embed
 from model import LowRank, rope, wide
-from support.enhance import (advance, arguments, balance, dense_of, device_bytes, make_plan,
-                             own, prepare, products, rate_at, weights_of, write_blocks)
+from support.enhance import (advance, arguments, balance, check_finite, dense_of,
+                             device_bytes, make_plan, own, prepare, products, rate_at,
+                             weights_of, write_blocks)
 from support.progress import told
 from support.script import run
 
@@ -106,6 +107,7 @@ def refine_block(block, pairs, held, recipe, seed):
     """
     kept = recipe.rounded(block)
     start = error_on(block, held, recipe)
+    check_finite(start, "a block's error on held-out windows")
     found = {"before": start, "after": start, "epoch": 0}
     balance(block)
     optimizer = torch.optim.AdamW(block.parameters(), weight_decay=recipe.weight_decay)
@@ -116,8 +118,7 @@ def refine_block(block, pairs, held, recipe, seed):
         batches = torch.randperm(len(pairs.x), generator=order).split(recipe.batch)
         for i, picked in enumerate(batches, epoch * an_epoch):
             # 10 % of the steps warm up, then a cosine to a tenth.
-            share = rate_at(i, steps, steps // 10, 0.1)
-            optimizer.param_groups[0]["lr"] = recipe.lr * share
+            optimizer.param_groups[0]["lr"] = recipe.lr * rate_at(i, steps, steps // 10, 0.1)
             step(block, Pairs(pairs.x[picked], pairs.y[picked]), optimizer, recipe)
         exact = copy.deepcopy(block.state_dict())
         block.load_state_dict(recipe.rounded(block))

@@ -19,7 +19,7 @@ import torch.utils.checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from model import LowRank, rope, to_logits
 from support.enhance import (Course, arguments, balance, batch_at, dense_of, learn, make_plan,
-                            prepare, products, rate_at, write_model)
+                            prepare, products, rate_at, warm_up_of, write_model)
 from support.script import run
 
 MICRO_BATCH = 2048              # tokens whose activations are in memory at a time
@@ -118,12 +118,13 @@ def retrain(task, model, teacher=None, folder=None):
     loss = Loss(model, task.device, task.dtype, teacher, o["weight"])
     course = Course(learning_factors(model), o, task.ckpt.dtype, folder)
     steps = o["epochs"] * -(-len(task.windows) // o["batch"])
+    warm_up = warm_up_of(steps, WARM_UP)
 
     def gradient(step):
         loss.add_gradient(batch_at(task, step))
 
     yield from learn(course, steps, gradient, lambda: loss.mean(task.held),
-                     lambda step: rate_at(step, steps, WARM_UP, 0.0))
+                     lambda step: rate_at(step, steps, warm_up, 0.0))
 
 
 # ------------------------------------------------------------ the command

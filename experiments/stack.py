@@ -17,13 +17,11 @@ from eval_ppl import evaluate
 from peers.acip import OPTIONS, Training, blocks_of, learn, put_on
 from support.checkpoint import in_memory
 from support.config import compressed_config, parse_config
-from support.enhance import HELD, Task, own
+from support.enhance import HELD, Task, code_of, own
 from support.packed import PARTS, unpacked
 from support.texts import digest
 
-FILES = {name: f"enhance/{name}.py" for name in ("refine", "lora", "retrain", "quantize")}
-# What each step runs with on few windows; where it differs from the file's default, which
-# is its source's, the table says so.
+# What each step runs with on few windows; the files' defaults are their sources'.
 RECIPES = {
     "refine": {"epochs": 10, "lr": 1e-3, "weight_decay": 0.01, "batch": 4, "error": "squared"},
     "lora": {"epochs": 6, "lr": 1e-3, "batch": 8, "every": 7, "rank": 8, "alpha": 16,
@@ -137,7 +135,7 @@ def after(lab, setting, steps, seed):
 
 def chain(lab, setting, steps, seed):
     """Perplexity on the first text after `steps` on a setting's result at a seed."""
-    files = ["support/enhance.py", "support/packed.py", *(FILES[name] for name, _ in steps)]
+    files = [file for name, _ in steps for file in code_of(name)]
     done = [[name, RECIPES[name] | options] for name, options in steps]
 
     def compute():
@@ -156,9 +154,8 @@ def measure_acip(lab, rates):
         facts = {"acip": RECIPES["acip"], "rates": rates, "seed": seed,
                  "calibration": digest(lab.calibration(seed)),
                  "text": digest(lab.evaluation("text"))}
-        cells.append(lab.cell(facts, lambda s=seed: acip(lab, s, rates), "peers/acip.py",
-                              "enhance/lora.py", "enhance/retrain.py", "support/enhance.py",
-                              what=f"ACIP, seed {seed}"))
+        cells.append(lab.cell(facts, lambda s=seed: acip(lab, s, rates),
+                              *code_of("acip", "peers"), what=f"ACIP, seed {seed}"))
     return [{"form": "ACIP", "stack": "its adapters", "rate": rate,
              "ppl": {"text": [cell.get(f"{rate:g}") for cell in cells]}} for rate in rates]
 

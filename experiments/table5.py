@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.common import Lab, Setup, arguments
 from experiments.report import compare, every, listed, rates_of, show, table, verdict
-from experiments.stack import measure, measure_acip
+from experiments.stack import RECIPES, measure, measure_acip
 from support.script import run
 
 RATES = (0.8, 0.6, 0.4, 0.2)
@@ -63,7 +63,15 @@ def markdown(result):
     cells = [show(ppl(result, "ACIP", "its adapters", rate)) for rate in rates]
     lines.append(["ACIP", "its adapters", *cells, PAPER["ACIP", "its adapters"]])
     heads = [f"{rate:g}" for rate in rates]
-    return table(["", "", *heads, "paper: LLaMA-7B"], lines, left=2)
+    found = table(["", "", *heads, "paper: LLaMA-7B"], lines, left=2)
+    return f"{found}\n\nLearnt with {learnt(result)}."
+
+
+def learnt(result):
+    """The options of what is stacked; few windows want other ones than the files' defaults,
+    which are their sources'."""
+    return "; ".join(f"{name}: " + ", ".join(f"{key} {value}" for key, value in options.items())
+                     for name, options in result["recipes"].items())
 
 
 def below(result, stack):
@@ -88,7 +96,9 @@ def main():
     settings = [form | {"rate": rate, "form": name} for name, form in FORMS.items()
                 for rate in rates]
     rows = measure(lab, settings, STACKS) + measure_acip(lab, rates)
-    lab.finish(sys.modules[__name__], {"dense": lab.dense("text"), "rows": rows})
+    recipes = {name: RECIPES[name] for name in ("refine", "lora", "retrain", "acip")}
+    found = {"dense": lab.dense("text"), "recipes": recipes, "rows": rows}
+    lab.finish(sys.modules[__name__], found)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def rows_of_task(task, folder=None):
         if len(labels) != len(found):
             raise InputError(f"{path} has {len(found)} rows and {len(labels)} labels beside "
                              "it; expected as many: fetch both again")
-        found = [(where, {**raw, "label": label})
+        found = [(where, raw | {"label": label} if isinstance(raw, dict) else raw)
                  for (where, raw), label in zip(found, labels)]
     rows = [row_of(task, where, raw) for where, raw in found]
     if not rows:

@@ -101,7 +101,7 @@ def mathqa(row):
         answer = row["answer"].lower()
     found = re.findall(r"[abcd] \) .*?, |e \) .*?$", options)
     choices = [each[4:].rstrip(" ,") for each in found]
-    return asked(f"Question: {problem}\nAnswer:", choices, "abcde".index(answer))
+    return asked(f"Question: {problem}\nAnswer:", choices, list("abcde").index(answer))
 
 
 TASKS = {

@@ -24,7 +24,7 @@ from support.checkpoint import TensorFolder
 from support.enhance import batch_at, own, prepare, take_training, training_tensors
 from support.peers import arguments, write_peer
 from support.progress import Progress
-from support.script import InputError, run
+from support.script import InputError, check_apart, run
 
 SCALE = 2e-2            # of p: 1 in the relaxed mask; where p starts
 GROWTH = 1.01 ** 0.25   # of λ at each step: 1.01 every four
@@ -55,14 +55,12 @@ class Masked(nn.Module):
         self.at = at
 
     def forward(self, x):
-        inner = F.linear(x, self.V.to(x.dtype))
-        inner = inner * mask(self.p[self.at]).to(x.dtype)
+        inner = F.linear(x, self.V.to(x.dtype)) * mask(self.p[self.at]).to(x.dtype)
         return F.linear(inner, self.U.to(x.dtype), self.bias)
 
     def size(self, k):
         """Its numbers with k singular values, the adapter's aside: never above mn."""
-        m, n = self.weight.shape
-        return min(k * (m + n), m * n)
+        return min(k * sum(self.weight.shape), self.weight.numel())
 
 
 def put_on(model, options):
@@ -127,8 +125,7 @@ class Training:
                                   for name, layer in layers.items() for key in "AB"}
         self.optimizer = torch.optim.AdamW(self.params.values(), options["lr"], weight_decay=0)
         self.cut_at = torch.zeros(len(p))           # the step at which each was cut, or 0
-        self.step = 0
-        self.reached = 0                            # that at which --stop was
+        self.step = self.reached = 0                # now, and where --stop was
         if folder and STATE in folder.files:
             self.step, self.reached = folder.files[STATE]["note"]
             tensors = folder.load(STATE)
@@ -183,10 +180,10 @@ def blocks_of(task, model, training, rate):
         Progress.running.say(f"step {step}: {100 * left:.1f} % left, held-out loss {loss:.4f}")
     kept = cut(training.bases, training.scores(), rate)
     for l in range(task.ckpt.cfg.n_layers + 1):
-        mine = [name for name in training.layers if name.startswith(f"model.layers.{l}.")]
+        mine = {name: layer for name, layer in training.layers.items()
+                if name.startswith(f"model.layers.{l}.")}
         tensors = task.ckpt.rest(l, mine)
-        for name in mine:
-            layer = training.layers[name]
+        for name, layer in mine.items():
             found = parts(layer, kept[layer.linear.at.cpu()])
             tensors |= {f"{name}.{part}": w.detach().to(task.ckpt.dtype)
                         for part, w in found.items() if w is not None}
@@ -204,16 +201,19 @@ def main():
     if not 0 < args.stop <= args.rate <= 1:
         raise InputError(f"--rate is {args.rate}, --stop {args.stop}; expected 0 < stop ≤ rate "
                          "≤ 1: below --stop the scores say nothing, so train to less")
-    options = {name: getattr(args, name) for name in OPTIONS}
-    task = prepare("acip", args, options, folder="peers")
-    folder = TensorFolder(args.map or f"{args.out}.map", task.facts())
-    folder.keep_others_out()
-    torch.manual_seed(task.seed)
-    model = own(task.ckpt.model(task.device, torch.float32))
-    training = Training(*put_on(model, options), options, folder)
-    cost = 12 * task.ckpt.parameters() * task.windows.numel(), 16 * task.ckpt.parameters()
-    write_peer(task, args, cost, blocks_of(task, model, training, args.rate))
-    folder.release()
+    task = prepare("acip", args, {name: getattr(args, name) for name in OPTIONS}, folder="peers")
+    check_apart(args.out, map=args.map)
+
+    def blocks():
+        folder = TensorFolder(args.map or f"{args.out}.map", task.facts())
+        folder.keep_others_out()
+        torch.manual_seed(task.seed)
+        model = own(task.ckpt.model(task.device, torch.float32))
+        training = Training(*put_on(model, task.options), task.options, folder)
+        yield from blocks_of(task, model, training, args.rate)
+        folder.release()
+    P = task.ckpt.parameters()
+    write_peer(task, args, (12 * P * task.windows.numel(), 0, 16 * P), blocks())
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def main():
         yield from kept_blocks(ckpt, set(removed))
 
     removed = []
-    write_peer(task, args, (flops, streams + weights), blocks(), section={"removed": removed})
+    write_peer(task, args, (flops, streams, weights), blocks(), section={"removed": removed})
 
 
 if __name__ == "__main__":

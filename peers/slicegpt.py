@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from calibrate import embed
 from model import PLAIN, rms_norm, rope, wide
-from support.enhance import prepare
+from support.enhance import prepare, weights_of
 from support.peers import arguments, write_peer
 from support.progress import told
 from support.script import InputError, run
@@ -77,14 +77,18 @@ def half_forward(block, half, h, angles):
 
 
 # ------------------------------------------------------------ weights
+def narrow(P):
+    """√(s/d) P (d, s): the sliced stream is √(s/d) xP, so that RMSNorm's mean over s numbers
+    is that over d, and its ε what it was. What reads the stream divides by it."""
+    d, s = P.shape
+    return P * (s / d) ** 0.5
+
+
 def reading(block, half, P):
     """{name: tensor} of a half's layers that read the stream: W diag(norm) P, (m, s)."""
     norm, layers, _ = HALVES[half]
-    scale = block.get_submodule(norm).weight.double()
     d, s = P.shape
-    # The mean under the root is over s, not d: what that changes goes into the weights, and
-    # for ε into config.json.
-    scale = scale * (d / s) ** 0.5
+    scale = block.get_submodule(norm).weight.double() * (d / s) ** 0.5
     tensors = {f"{norm}.weight": torch.ones(s)}
     for layer in layers:
         linear = block.get_submodule(f"{half}.{layer}")
@@ -101,10 +105,11 @@ def writing(block, half, P, after):
     """Of the layer that writes to the stream: P'ᵀW, and of what passes by: P'ᵀP (s, s)."""
     layer = f"{half}.{HALVES[half][2]}"
     linear = block.get_submodule(layer)
-    tensors = {f"{layer}.weight": after.mT @ linear.weight.double(),
+    onto = narrow(after).mT
+    tensors = {f"{layer}.weight": onto @ linear.weight.double(),
                f"{half}.turn.weight": after.mT @ P}
     if linear.bias is not None:
-        tensors[f"{layer}.bias"] = after.mT @ linear.bias.double()
+        tensors[f"{layer}.bias"] = onto @ linear.bias.double()
     return tensors
 
 
@@ -134,7 +139,7 @@ def sliced(ckpt, windows, s, normed, device):
     norm, lm_head = ckpt.head()
     scale = norm.double() * (ckpt.cfg.dim / s) ** 0.5
     head = (lm_head.weight.double() * scale) @ P.cpu()
-    table = ckpt.tensor("model.embed_tokens.weight").double() @ first.cpu()
+    table = ckpt.tensor("model.embed_tokens.weight").double() @ narrow(first).cpu()
     yield L, {"model.embed_tokens.weight": table.to(ckpt.dtype),
               "model.norm.weight": torch.ones(s, dtype=ckpt.dtype),
               "lm_head.weight": head.to(ckpt.dtype)}
@@ -143,8 +148,7 @@ def sliced(ckpt, windows, s, normed, device):
 def sliced_config(ckpt, s):
     """config.json's changes: a narrower model, whose heads stay as wide as they are."""
     cfg = ckpt.cfg
-    return {"hidden_size": s, "head_dim": cfg.head_dim, "tie_word_embeddings": False,
-            "rms_norm_eps": cfg.norm_eps * cfg.dim / s}
+    return {"hidden_size": s, "head_dim": cfg.head_dim, "tie_word_embeddings": False}
 
 
 def parameters(cfg, s):
@@ -182,7 +186,8 @@ def main():
     # The stream twice through every half: once through its weights, once into Σxᵀx.
     flops = 2 * tokens * (task.ckpt.parameters() + 4 * cfg.n_layers * cfg.dim**2)
     blocks = sliced(task.ckpt, windows, s, args.normed, task.device)
-    write_peer(task, args, (flops, 4 * tokens * cfg.dim), blocks, sliced_config(task.ckpt, s),
+    cost = flops, 4 * tokens * cfg.dim, 8 * weights_of(task.ckpt, 0)
+    write_peer(task, args, cost, blocks, sliced_config(task.ckpt, s),
                {"turned": True, "width": s})
 
 

@@ -26,6 +26,9 @@ BOUNDS = {"epochs": (0, 10**6), "batch": (1, 10**6), "every": (1, 10**6),
           "patience": (0, 10**6), "rank": (1, 10**5), "group": (0, 10**6), "lr": (1e-12, 1),
           "weight_decay": (0, 1), "weight": (0, 1), "dropout": (0, 0.99), "alpha": (0, 1e6),
           "adapter_steps": (0, 10**6)}
+# {file: what its result depends on beside it and this one}
+CODE = {"lora": ("enhance/retrain.py",), "quantize": ("support/packed.py",),
+        "acip": ("enhance/lora.py", "enhance/retrain.py")}
 HELD = 8        # one window in so many is held out: what is kept is best on these
 
 
@@ -82,6 +85,11 @@ def dense_of(ckpt, given):
 
 
 # ------------------------------------------------------------ the task
+def code_of(name, folder="enhance"):
+    """The files that decide what a file of enhance/ or peers/ computes."""
+    return ("model.py", "support/enhance.py", f"{folder}/{name}.py", *CODE.get(name, ()))
+
+
 @dataclass
 class Task:
     """What a run is to do, decided and checked before the first matrix product."""
@@ -103,7 +111,7 @@ class Task:
     def facts(self):
         """What the result depends on: a run that goes on must have the same."""
         windows = digest(torch.cat((self.windows, self.held)))
-        code = code_digest("model.py", "support/enhance.py", f"{self.folder}/{self.name}.py")
+        code = code_digest(*code_of(self.name, self.folder))
         return {"by": self.name, "checkpoint": self.ckpt.fingerprint(), "windows": windows,
                 "dtype": str(self.dtype), "code": code, "seed": self.seed, **self.options}
 
@@ -196,6 +204,13 @@ def make_plan(task, flops, host, block):
 
 
 # ------------------------------------------------------------ learning
+def check_finite(value, what):
+    """Raise RuntimeError for a number or a tensor that is not finite."""
+    if not torch.isfinite(torch.as_tensor(value)).all():
+        raise RuntimeError(f"{what} is not finite: activations overflowed; use bfloat16 or "
+                           "float32")
+
+
 def own(module):
     """A copy to be changed: an fp32 checkpoint hands out its own memory."""
     return copy.deepcopy(module)
@@ -263,6 +278,11 @@ def rate_at(step, steps, warm_up, last):
     return last + (1 - last) * (1 + math.cos(math.pi * done)) / 2
 
 
+def warm_up_of(steps, usual):
+    """Steps of warm-up: the `usual` number, of a short course at most a fifth."""
+    return min(usual, steps // 5)
+
+
 def linear_at(step, steps, warm_up):
     """The same with a straight line to 0."""
     if step < warm_up:
@@ -319,6 +339,8 @@ class Course:
         self.give(rounded)
         loss = held_loss()
         self.give(exact)
+        if not self.log:
+            check_finite(loss, "the held-out loss before the first step")
         if loss < min((each for _, each in self.log), default=math.inf):
             self.best = rounded
         self.log.append([self.step, loss])
@@ -433,18 +455,21 @@ def write_model(task, args, plan, train):
     with open_writer(task, args.overwrite) as writer:
         progress.say(task.header())
         progress.say(plan)
-        model = own(task.ckpt.model(task.device, task.dtype))
-        for each in train(model, writer.folder):
-            progress.say(each)
-        states = set(writer.folder.files) - {part_of(l) for l in range(L + 1)}
-        factors = {name: w.detach().to(task.ckpt.dtype).cpu()
-                   for name, w in model.state_dict().items() if ".U." in name or ".V." in name}
-        for l in range(L + 1):
-            rest = task.ckpt.rest(l)
-            writer.add(part_of(l), {name: factors.get(name, w) for name, w in rest.items()})
+        parts = [part_of(l) for l in range(L + 1)]
+        # A run that was killed while it moved them into place had all of them.
+        if not writer.done.keys() >= set(parts):
+            model = own(task.ckpt.model(task.device, task.dtype))
+            for each in train(model, writer.folder):
+                progress.say(each)
+            state = model.state_dict()
+            factors = {name: w.detach().to(task.ckpt.dtype).cpu()
+                       for name, w in state.items() if ".U." in name or ".V." in name}
+            for l, part in enumerate(parts):
+                rest = task.ckpt.rest(l)
+                writer.add(part, {name: factors.get(name, w) for name, w in rest.items()})
         # The states were for a run that goes on.
-        writer.folder.forget(states)
-        writer.done = {part: note for part, note in writer.done.items() if part not in states}
+        writer.folder.forget(set(writer.folder.files) - set(parts))
+        writer.done = {part: writer.done[part] for part in parts}
         finish(task, writer)
     watch.lap(task.name)
     end(task, {}, args, progress, watch)

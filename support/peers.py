@@ -1,7 +1,7 @@
 """What the files of peers/ share: arguments, and the checkpoint they write."""
 from support.checkpoint import Writer, part_of, result_bytes
 from support.config import MODELING, compressed_config
-from support.enhance import add_result_arguments, end, make_plan, weights_of
+from support.enhance import add_result_arguments, end, make_plan
 from support.progress import Progress, Stopwatch
 from support.script import parser
 
@@ -31,14 +31,14 @@ def write_peer(task, args, cost, blocks, changes=(), section=()):
     """Write what `blocks` yields, (l, {name: tensor}) of every block and, under the number
     after the last, of what belongs to none; then evaluate both.
 
-    cost: (FLOPs, bytes of the host's memory). changes: of config.json; section: what stands
-    in it of the result, with the ranks of factors. Both are read once all blocks are there.
+    cost: (FLOPs, bytes of the host's memory, of the device's). changes: of config.json;
+    section: what stands in it of the result, with the ranks of factors. Both are read once
+    all blocks are there.
     """
     ranks = {}
     progress = Progress(args.quiet).listen()
     watch = Stopwatch()
-    flops, host = cost
-    plan = make_plan(task, flops, host, 8 * weights_of(task.ckpt, 0))
+    plan = make_plan(task, *cost)
     need = result_bytes(task.ckpt, {})
     with Writer(task.out, need, args.overwrite, task.facts()) as writer:
         progress.say(task.header())

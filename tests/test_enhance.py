@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, SHARED, TINY, distance, script, write_checkpoint
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import air
 from enhance import lora as lora_file
@@ -32,7 +32,8 @@ from model import Llama, LowRank, rope
 from support import export
 from support.checkpoint import Checkpoint
 from support.config import parse_config
-from support.enhance import Course, Task, balance, dense_of, learn, linear_at, rate_at
+from support.enhance import (Course, Task, balance, code_of, dense_of, learn, linear_at, rate_at,
+                             warm_up_of)
 from support.packed import WIDTHS, pack, unpack
 from support.script import InputError, run
 from support.texts import instruction_rows
@@ -97,6 +98,14 @@ def task_of(ckpt, windows, held=None, **options):
 
 
 # -------------------------------------------------------------------------------- what they share
+def test_a_short_course_leaves_its_warm_up():
+    """The demo's 56 windows in batches of 64 are 3 steps: a hundred of warm-up would be 3 % of the peak at most."""
+    for steps, usual, wanted in ((3, 100, 0), (42, 100, 8), (70, 10, 10), (5000, 100, 100)):
+        assert warm_up_of(steps, usual) == wanted
+        shares = [linear_at(step, steps, warm_up_of(steps, usual)) for step in range(steps)]
+        assert max(shares) == 1.0 and 0 < shares[-1] < 0.5
+
+
 def test_learning_rates_by_hand():
     assert [rate_at(i, 10, 2, 0.1) for i in (0, 1)] == [0.5, 1.0] and rate_at(2, 10, 2, 0.1) == 1.0
     assert np.isclose(rate_at(6, 10, 2, 0.1), 0.55) and rate_at(9, 10, 2, 0.1) > 0.1
@@ -341,6 +350,46 @@ def test_training_goes_on_after_a_kill_bit_by_bit(made, tmp_path, name):
     assert whole == parts
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == sorted(
         path.name for path in (tmp_path / "whole").iterdir())
+
+
+def test_a_run_killed_while_it_moves_its_result_into_place_trains_nothing_again(made, tmp_path, monkeypatch):
+    small, _, usual = made
+    more = (*usual, "--epochs", "2", "--batch", "3", "--lr", "1e-2")
+    enhanced("retrain", small, tmp_path / "whole", *more)
+    code = ("import sys; sys.argv = sys.argv[1:]; sys.path.insert(0, %r)\n"
+            "import os, support.enhance as shared\nfrom enhance import retrain as file\n"
+            "shared.Writer.finish = lambda *a: os._exit(9)\nfile.main()") % str(ROOT)
+    killed = subprocess.run([sys.executable, "-c", code, "retrain.py", "--ckpt", small, "--out", tmp_path / "parts",
+                             "--text", "none", *map(str, more)], capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
+    # What lies there is refused to those that would not go on from it, in words that fit.
+    other = in_process(air, "--ckpt", made[1], "--out", tmp_path / "parts", "--text", "none", *usual)
+    assert other.returncode == 2 and "or of enhance/" in other.stderr
+    monkeypatch.setattr(Loss, "add_gradient", lambda *a: pytest.fail("trained again"))
+    enhanced("retrain", small, tmp_path / "parts", *more)
+    whole, parts = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "parts"))
+    assert whole == parts
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_activations_that_overflow_are_a_sentence(made, tmp_path, name):
+    small, dense, usual = made
+    shutil.copytree(small, tmp_path / "huge")
+    path = tmp_path / "huge" / "model.safetensors"
+    state = load_file(path)
+    huge = ("gate_proj.U", "up_proj.U", "down_proj.U")
+    save_file({key: w * 1e16 if any(part in key for part in huge) else w for key, w in state.items()}, path)
+    done = enhance(name, tmp_path / "huge", tmp_path / "out", *usual)
+    assert done.returncode == 1 and "not finite" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_edited_loss_is_another_result(made, windows, monkeypatch):
+    """Whatever a file takes its rules from is in the digest by which states and cells are told apart."""
+    for name, folder, used in (("lora", "enhance", "enhance/retrain.py"), ("quantize", "enhance", "support/packed.py"),
+                               ("acip", "peers", "enhance/lora.py"), ("acip", "peers", "enhance/retrain.py"),
+                               ("retrain", "enhance", "support/enhance.py"), ("refine", "enhance", "model.py")):
+        assert used in code_of(name, folder) and f"{folder}/{name}.py" in code_of(name, folder)
 
 
 # -------------------------------------------------------------------------------- LoRA

@@ -24,7 +24,8 @@ FAMILIES = {
     "wide heads": {"head_dim": 24},
     "tied": {"tie_word_embeddings": True},
     "biased": {"attention_bias": True, "mlp_bias": True},
-    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16,
+              "rms_norm_eps": 1e-2},
 }
 
 
@@ -404,6 +405,14 @@ def test_one_map_is_cut_to_any_rate_from_the_stop_up(tmp_path, tiny, windows):
     done = in_process("peers/acip", *arguments, "--lr", "1e-3", "--rate", "0.6", "--out",
                   tmp_path / "c")
     assert done.returncode == 2 and "another lr" in done.stderr
+    # Refused before any work: a result that is there, a map inside of it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peers.acip.put_on", lambda *a: pytest.fail("worked first"))
+        done = in_process("peers/acip", *arguments, "--rate", "0.6", "--out", tmp_path / "a")
+        assert done.returncode == 2 and "already exists" in done.stderr
+        done = in_process("peers/acip", *arguments, "--map", tmp_path / "a" / "map", "--rate",
+                          "0.6", "--out", tmp_path / "a", "--overwrite")
+        assert done.returncode == 2 and "lies inside --out" in done.stderr
     # An ordinary result: refined, generated from.
     done = in_process("enhance/refine", "--ckpt", tmp_path / "a", "--calib", tmp_path / "ids.npy",
                   "--out", tmp_path / "r", "--epochs", "1", "--text", "none")

@@ -195,6 +195,25 @@ def test_a_malformed_row_is_named_by_its_line(tmp_path, name, line, said):
         F.rows_of_task(task, folder)
 
 
+def test_a_row_of_piqa_that_is_no_object_is_named_beside_its_label(tmp_path):
+    folder = copied(tmp_path)
+    for name, line in (("piqa_valid.jsonl", "[1]"), ("piqa_valid-labels.lst", "0")):
+        with open(folder / name, "a") as f:
+            f.write(line + "\n")
+    with pytest.raises(InputError, match="line 4"):
+        F.rows_of_task("piqa", folder)
+
+
+@pytest.mark.parametrize("answer", ["", "CD", "F", "abcde"])
+def test_an_answer_of_mathqa_is_one_of_its_five_letters(tmp_path, answer):
+    folder = copied(tmp_path)
+    path = folder / "mathqa.test.json"
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([*rows, rows[0] | {"answer": answer}]))
+    with pytest.raises(InputError, match="is no row of mathqa"):
+        F.rows_of_task("mathqa", folder)
+
+
 def test_a_file_that_is_no_json_missing_or_double_is_said(tmp_path):
     folder = copied(tmp_path)
     (folder / "mathqa.test.json").write_text("{")
