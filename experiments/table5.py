@@ -81,7 +81,7 @@ def below(result, stack):
             for rate in rates]
     return verdict(f"AIR {stack} is below SVD-LLM(W) {stack} at every rate.",
                    every(gaps, "lower"), f"AIR against SVD-LLM(W), {listed(rates, gaps)}.",
-                   "what is learnt makes up for most of what a closed form lost, on both "
+                   "what is learnt makes up for much of what a closed form lost, on both "
                    "sides. To tell: more windows.")
 
 
