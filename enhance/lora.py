@@ -1,13 +1,13 @@
 """LoRA on the factors: adapters on all U, merged, then on all V, merged (Tables 5, 13).
 
-    python enhance/lora.py --ckpt out/demo-air-0.6 --out out/demo-lora
+    python enhance/lora.py --ckpt out/demo-air-0.6 --out out/demo-lora --batch 8 --lr 1e-3
     python enhance/lora.py --ckpt RESULT --calib alpaca.json --out FOLDER
 
 Everything else is frozen. On windows of a text, or on instructions: a .json list of
 "instruction", "input" and "output" in Alpaca's template, whose prompts carry no loss. The
 recipe is SVD-LLM's (Wang et al., 2025): rank 8, α 16, dropout 0.05, AdamW 1e-4, 100 warm-up
-steps, then linearly to 0, batches of 64, at most 256 tokens; the adapters of least held-out
-loss are merged. A killed run goes on.
+steps, then linearly to 0, batches of 64, at most 256 tokens; the demo's few windows want
+smaller batches. The adapters of least held-out loss are merged. A killed run goes on.
 
 Shapes: B windows, T tokens; an adapter of rank r on a factor (m, n): A (r, n), B (m, r).
 """

@@ -28,6 +28,7 @@ from enhance.refine import Pairs, Recipe, refine_block
 from enhance.retrain import Loss
 from eval_ppl import evaluate, evaluation_windows
 from experiments import scale
+from generate import Decoder, generate
 from model import Llama, LowRank, rope
 from support import export
 from support.checkpoint import Checkpoint
@@ -649,12 +650,16 @@ def test_everything_composes_on_grouped_query_heads(made, tmp_path):
     assert adapted.cfg == refined.cfg
     done = in_process(export, tmp_path / "l", "--dense", tmp_path / "d")
     assert done.returncode == 0 and Checkpoint(tmp_path / "d").cfg == Checkpoint(dense).cfg
-    packed = in_process(export, tmp_path / "q", "--dense", tmp_path / "e")
-    assert packed.returncode == 0 and Checkpoint(tmp_path / "e").dtype == torch.bfloat16
+    unpacked = in_process(export, tmp_path / "q", "--dense", tmp_path / "e")
+    assert unpacked.returncode == 0 and Checkpoint(tmp_path / "e").dtype == torch.bfloat16
+    # Generation from the codes is generation from what they stand for.
+    lines = [list(generate(Decoder(each.model(CPU, FP32)), [[5, 6, 7]], 6, temperature=0))
+             for each in (packed, Checkpoint(tmp_path / "e"))]
+    assert lines[0] == lines[1] and len(lines[0]) == 6
 
 
 def test_everything_composes_on_the_demo(tmp_path):
-    """air -> refine -> quantize -> generate, two of six blocks."""
+    """air -> refine -> quantize -> generate, and air -> lora -> export; two of six blocks."""
     few = ["--samples", "8", "--seqlen", "128"]
     done = in_process(air, "--layers", "1:3", "--out", tmp_path / "a", "--text", "none", *few)
     assert done.returncode == 0, done.stderr
@@ -670,6 +675,20 @@ def test_everything_composes_on_the_demo(tmp_path):
     assert all(np.isfinite(ppl)) and len(set(ppl)) == 3
     said = script("generate", "--ckpt", tmp_path / "q", "--prompt", "def read(self", "--max-new-tokens", "8")
     assert said.returncode == 0 and said.stdout.startswith("def read(self")
+    # The file itself is as small as four bits a number, three bytes a row and the rest say.
+    size = 0
+    for name in small.names:
+        rows, *columns = small.tensors[name].shape
+        four = ".U.weight" in name or ".V.weight" in name
+        size += rows * (-(-columns[0] // 2) + 3) if four else small.tensors[name].read().nbytes
+    assert size <= (tmp_path / "q" / "model.safetensors").stat().st_size <= 1.01 * size
+    enhanced("lora", tmp_path / "a", tmp_path / "l", "--epochs", "1", "--batch", "4", *few)
+    done = in_process(export, tmp_path / "l", "--dense", tmp_path / "d")
+    assert done.returncode == 0, done.stderr
+    merged, dense = Checkpoint(tmp_path / "l"), Checkpoint(tmp_path / "d")
+    assert not dense.cfg.ranks
+    logits = [each.model(CPU, FP32)(windows) for each in (merged, dense)]
+    assert distance(*logits) < 2e-2                     # both are rounded to 16 bits
 
 
 def test_a_shape_is_refined_and_counted(monkeypatch):
