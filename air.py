@@ -624,11 +624,16 @@ class Job:
 
     def facts(self):
         """What a result depends on: a run that goes on must have the same."""
+        code = [*large.SWEEPS, "air.py", "support/fast.py"]
+        if self.options.ranks == "auto":
+            code += ["support/ranks.py", "eval_ppl.py"]
+        if METHODS[self.options.method].reads == "streams":
+            code.append("support/anchored.py")
         return {
             "checkpoint": self.ckpt.fingerprint(),
             "windows": digest(self.windows),
             "dtype": str(self.dtype),
-            "code": code_digest(*large.SWEEPS, "air.py", "support/fast.py"),
+            "code": code_digest(*code),
             "rate": self.rate,
             "layers": f"{self.blocks.start}:{self.blocks.stop}",
             **asdict(self.options),
@@ -677,7 +682,7 @@ def prepare(args):
     if ckpt.cfg.compressed:
         raise InputError(f"{args.ckpt} is already compressed; "
                          "point --ckpt at the dense checkpoint")
-    if args.sweeps < 0 or not 0 <= args.delta < math.inf:
+    if args.sweeps < 0 or not 0 <= args.delta <= 1e9:
         raise InputError(f"--sweeps is {args.sweeps} and --delta {args.delta}; "
                          "expected both to be 0 or more")
     if args.ridge is not None and not 0 <= args.ridge <= LARGEST_RIDGE:

@@ -583,16 +583,19 @@ def check_arguments(args):
     heat = args.temperature
     penalty = args.repetition_penalty
     ranges = {          # option: (value, whether it may be, what is expected)
-        "--temperature": (heat, 0 <= heat < math.inf, "0 or more"),
+        "--temperature": (heat, heat == 0 or 1e-6 <= heat < math.inf, "0, or 1e-6 and more"),
         "--top-k": (args.top_k, args.top_k >= 0, "0 or more"),
         "--top-p": (args.top_p, 0 < args.top_p <= 1, "above 0 and at most 1"),
         "--repetition-penalty": (penalty, 0 < penalty < math.inf, "above 0"),
+        "--seed": (args.seed, abs(args.seed) < 2**62, "fewer than 19 digits"),
         "--stop": (args.stop, all(args.stop), "some text"),
         "--max-new-tokens": (args.max_new_tokens, args.max_new_tokens > 0, "1 or more"),
     }
     for option, (value, allowed, expected) in ranges.items():
         if not allowed:
             raise InputError(f"{option} is {value}; expected {expected}")
+    if args.compile and "o3" in args.off:
+        raise InputError("--compile needs o3, a cache that stays in place; leave one out")
     if not args.prompt:
         raise InputError("the prompt is empty; expected some text")
     if args.system is not None and not args.chat:

@@ -62,7 +62,8 @@ def cells(result, name, rate):
     if name == "SVD-LLM(W)":
         return [show(found), ""]
     # What was measured at the first seeds alone is compared there; SVD sees no text.
-    gap = compare(found, base if name == "SVD" else base[:len(found)])
+    n = min(len(found), len(base))
+    gap = compare(found, base) if name == "SVD" else compare(found[:n], base[:n])
     return [show(found), percent(gap) if gap[0] < 1000 else "far above"]
 
 

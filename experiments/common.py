@@ -245,10 +245,11 @@ class Lab:
             raise InputError(f"{self.setup.ckpt} is already compressed; "
                              "point --ckpt at the dense checkpoint")
         numbers = re.fullmatch(r"\d+(,\d+)*", self.setup.seeds)
-        if not numbers or self.setup.windows < 0:
+        each = self.setup.seeds.split(",")
+        if not numbers or len(each) > len(set(each)) or self.setup.windows < 0:
             raise InputError(f"--seeds is {self.setup.seeds} and --windows "
-                             f"{self.setup.windows}; expected numbers such as 3,4,5, and "
-                             "0 or more")
+                             f"{self.setup.windows}; expected different numbers such as "
+                             "3,4,5, and 0 or more")
 
     def calibrated(self):
         """How the lab calibrates, as results say it."""
@@ -334,7 +335,9 @@ class Lab:
         """
         files = tuple(dict.fromkeys((*CODE, *files)))
         code = self.once(files, lambda: code_digest(*files))
-        facts = facts | {"dtype": str(self.dtype), "code": code}
+        # Other versions and devices round otherwise: `machine` is true of every cell.
+        facts = facts | {"dtype": str(self.dtype), "code": code, "device": self.device.type,
+                         "torch": torch.__version__}
         return json.dumps(facts, sort_keys=True)
 
     def cell(self, facts, compute, *files, what=""):
@@ -442,7 +445,7 @@ class Lab:
     def measure(self, settings, texts=("text",), js=False, sweep=None):
         """Settings, each at every seed -> rows.
 
-        A row is the setting with "ppl" and "js" {text: [one a seed]} and "descent"
+        A row is the setting with "ppl" and, with `js`, "js" {text: [one a seed]}, and "descent"
         [L_act,infl after over before the sweeps, mean of layers; one a seed].
         `sweep(options, windows)`: statistics other than the method's own.
         """
@@ -462,13 +465,13 @@ class Lab:
             ppl = self.cells[key]["ppl"][digest(self.evaluation(texts[0]))]
             self.progress.step(f"{self.script} {i}/{len(todo)}  {named}: {number(ppl)}   "
                                f"{time.time() - start:.1f} s,")
-        return [self.row(setting, jobs, texts) for setting in settings]
+        return [self.row(setting, jobs, texts, js) for setting in settings]
 
-    def row(self, setting, jobs, texts):
+    def row(self, setting, jobs, texts, js):
         """A setting with what was measured of it, one figure a seed."""
         cells = [self.cells[job.key] for job in jobs if job.setting is setting]
         row = dict(setting)
-        for what in ("ppl", "js"):
+        for what in ("ppl", "js") if js else ("ppl",):
             row[what] = {}
             for which in texts:
                 windows = digest(self.evaluation(which))

@@ -11,6 +11,8 @@ dense weights. Writes experiments/results/decode-SHAPE-DEVICE.json (--out: anoth
 """
 import argparse
 import importlib
+import importlib.metadata
+import importlib.util
 import math
 import shutil
 import statistics
@@ -27,7 +29,7 @@ from experiments.shapes import SHAPES, at_rate, random_model
 from experiments.table11 import machine, save
 from generate import Decoder, generate
 from support.config import parse_config
-from support.script import ROOT, InputError, read_json, run
+from support.script import ROOT, InputError, check_writable, read_json, run
 
 GGUF_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -256,39 +258,63 @@ def parse_arguments():
     return p.parse_args()
 
 
-def numbers(text):
+def numbers(option, text):
     """[int] of an option such as 1,4,16; "" has none."""
-    try:
-        return [int(part) for part in text.split(",") if part]
-    except ValueError:
-        raise InputError(f"{text} is no list of numbers such as 1,4,16") from None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise InputError(f"{option} is {text}; expected numbers such as 1,4,16")
+    return [int(part) for part in parts]
+
+
+def check_arguments(args):
+    """Raise InputError for an option out of its range."""
+    if args.tokens < 2 or args.rounds < 1:
+        raise InputError("--tokens is to be 2 or more and --rounds 1 or more")
+    if not 0 < args.rate < 1:
+        raise InputError(f"--rate is {args.rate}; expected above 0 and below 1")
+    for dtype in args.dtypes.split(","):
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise InputError(f"--dtypes has {dtype!r}; expected float32, bfloat16 or float16")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device is cuda, and there is no CUDA GPU here")
+    check_writable(args.out)
+
+
+def versions():
+    """{package: version} of those that join in."""
+    return {name: importlib.metadata.version(name) for name in ("transformers",
+            "llama-cpp-python") if there(name.removesuffix("-python").replace("-", "_"))}
 
 
 def main():
     args = parse_arguments()
+    check_arguments(args)
     config = SHAPES[args.shape]
     name = args.shape
     if args.ckpt:
         config = at_rate(read_json(Path(args.ckpt) / "config.json"), None)
         name = Path(args.ckpt).resolve().name
-    if args.tokens < 2 or args.rounds < 1:
-        raise InputError("--tokens is to be 2 or more and --rounds 1 or more")
     cfg = parse_config(config)
-    batches = [(batch, 32, args.tokens) for batch in numbers(args.batches)]
-    prompts = [(1, length, 1) for length in numbers(args.prompts) if length < cfg.context]
+    batches = [(batch, 32, args.tokens) for batch in numbers("--batches", args.batches)]
+    prompts = [(1, min(length, cfg.context - 1), 1)
+               for length in numbers("--prompts", args.prompts)]
+    if 32 + args.tokens > cfg.context:
+        raise InputError(f"--tokens is {args.tokens}; behind a prompt of 32 at most "
+                         f"{cfg.context - 32} fit in the context of {name}")
     rows = []
+    path = Path(args.out or ROOT / "experiments/results" / f"decode-{name}-{args.device}.json")
     device = torch.device(args.device)
     for dtype in args.dtypes.split(","):
         common = {"shape": name, "dtype": dtype, "rate": args.rate, "vocab": cfg.vocab}
-        common |= machine(args.device)
+        common |= machine(args.device) | versions()
         with tempfile.TemporaryDirectory() as folder:
             sides = sides_of(config, args.rate, device, getattr(torch, dtype), folder,
                              args.sides)
             for what in batches + prompts:
                 rows += rows_of(sides, what, common, args.rounds)
+                save(path, rows, say=False)         # a killed run keeps what it measured
             del sides
-    path = ROOT / "experiments" / "results" / f"decode-{name}-{args.device}.json"
-    save(Path(args.out or path), rows)
+    save(path, rows)
     print(markdown(rows))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.common import Lab, setup_of
 from experiments.report import compare, find, percent, table
-from experiments.ridge import samples_at
+from experiments.ridge import held, samples_at, widest
 from support.script import run
 
 TOKENS = (0.5, 2, 16, 64)               # for each of the widest inputs
@@ -38,7 +38,7 @@ def markdown(result):
     for ridge in RIDGES:
         for tokens in TOKENS:
             gaps = [percent(gap(result, tokens, ridge, delta)) for delta in DELTAS]
-            lines.append([ridge_name(ridge), f"{tokens:g}", *gaps])
+            lines.append([ridge_name(ridge), held(result, tokens), *gaps])
     heads = [f"δ = {delta:g}" for delta in DELTAS]
     return table(["ridge", "tokens an input", *heads], lines, left=2)
 
@@ -60,7 +60,7 @@ def picture(plt, result):
             for x, value in enumerate(row):
                 ax.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=8,
                         color="black" if abs(value) < 10 else "white")
-        ax.set(xticks=range(len(TOKENS)), xticklabels=[f"{each:g}" for each in TOKENS],
+        ax.set(xticks=range(len(TOKENS)), xticklabels=[held(result, each) for each in TOKENS],
                xlabel="calibration tokens an input", title=f"ridge {ridge_name(ridge)}")
         ax.grid(False)
     axes[0].set(yticks=range(len(DELTAS)), yticklabels=[f"{each:g}" for each in DELTAS],
@@ -79,7 +79,8 @@ def main():
                     "samples": samples_at(lab, tokens)}
             settings.append(here | {"method": "svdllm"})
             settings += [here | {"method": "air", "delta": delta} for delta in DELTAS]
-    lab.finish(sys.modules[__name__], {"rows": lab.measure(settings)}, picture)
+    found = {"widest": widest(lab), "rows": lab.measure(settings)}
+    lab.finish(sys.modules[__name__], found, picture)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def cell(lab, rate, delta, seed):
     facts = {"kinds": KINDS, "base": base.key, "other": other.key,
              "text": digest(lab.evaluation("text"))}
     what = f"one kind at a time, {rate:g}, δ = {delta:g}, seed {seed}"
-    return lab.cell(facts, compute, what=what)
+    return lab.cell(facts, compute, "experiments/kinds.py", what=what)
 
 
 def measure(lab):

@@ -5,9 +5,10 @@ import json
 import math
 import re
 import sys
+import time
 from pathlib import Path
 
-from support.script import ROOT, write_whole
+from support.script import ROOT, Hold, InputError, write_whole
 
 RESULTS = ROOT / "experiments" / "results"
 # The models in the table of claims, and the texts in a claim.
@@ -94,7 +95,7 @@ def verdict(claim, holds, measured, otherwise=""):
 
 
 def verdict_line(v):
-    words = {True: "holds", False: "does not hold", None: "undecided (one seed)"}
+    words = {True: "holds", False: "does not hold", None: "undecided"}
     line = f"**{words[v['holds']]}**: {v['claim']} Measured: {v['measured']}"
     if v["holds"] is False and v["otherwise"]:
         line += f" May explain it: {v['otherwise']}"
@@ -190,17 +191,28 @@ def block(module, result):
     return "\n".join([module.markdown(result), "", measured, "", *lines])
 
 
+def wait_for(folder):
+    """Its Hold, as soon as no other run has it."""
+    while True:
+        try:
+            return Hold(folder)
+        except InputError:
+            time.sleep(0.05)
+
+
 def refresh(name, text, root=ROOT):
     """Replace what stands between <!-- name --> and <!-- /name --> in `root`'s README.md
     and the notebook's pages, experiments/*.md; one without these marks stays as it is.
     """
     marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+    turn = wait_for(root / "experiments")           # two scripts may end at once
     for path in filter(Path.exists, (root / "README.md", *(root / "experiments").glob("*.md"))):
         old = path.read_text("utf-8")
         # A function, since backslashes of a replacement text would be escapes.
         new = marked.sub(lambda marks: marks[1] + text + "\n" + marks[2], old)
         if new != old:
             write_whole(path, new)
+    turn.release()
 
 
 # ------------------------------------------------------------ pictures

@@ -18,13 +18,22 @@ TOKENS = (0.5, 1, 4, 16, 64)            # calibration tokens for each of the wid
 RIDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, None)        # None: air.py's default
 METHODS = {"svdllm": "SVD-LLM(W)", "air": "AIR"}
 RATE = 0.6
-CALIBRATED = "windows of 256 tokens of stdlib, as many as a row says"
+CALIBRATED = "as many windows as a row says"
+
+
+def widest(lab):
+    return max(lab.ckpt.cfg.dim, lab.ckpt.cfg.hidden)
 
 
 def samples_at(lab, tokens):
-    """Windows that hold `tokens` for each input of the widest layer."""
-    widest = max(lab.ckpt.cfg.dim, lab.ckpt.cfg.hidden)
-    return max(1, round(tokens * widest / lab.seqlen))
+    """Windows that hold about `tokens` for each input of the widest layer."""
+    return max(1, round(tokens * widest(lab) / lab.seqlen))
+
+
+def held(result, tokens):
+    """Tokens an input that whole windows hold of the `tokens` asked for."""
+    samples = find(result["rows"], tokens=tokens)["samples"]
+    return f"{samples * result['calibration']['seqlen'] / result['widest']:.2g}"
 
 
 def cell(rows, **wanted):
@@ -42,7 +51,7 @@ def markdown(result):
         for tokens in TOKENS:
             shown = [cell(result["rows"], method=method, tokens=tokens, ridge=ridge)
                      for ridge in RIDGES]
-            lines.append([name, f"{tokens:g}", *shown])
+            lines.append([name, held(result, tokens), *shown])
     heads = ["0, the paper's" if ridge == 0 else f"{ridge:g}" for ridge in RIDGES[:-1]]
     return table(["", "tokens an input", *heads, "default"], lines)
 
@@ -57,7 +66,8 @@ def main():
     settings = [{"method": method, "rate": RATE, "tokens": tokens, "ridge": ridge,
                  "samples": samples_at(lab, tokens)}
                 for tokens in TOKENS for ridge in RIDGES for method in METHODS]
-    lab.finish(sys.modules[__name__], {"rows": lab.measure(settings)})
+    found = {"widest": widest(lab), "rows": lab.measure(settings)}
+    lab.finish(sys.modules[__name__], found)
 
 
 if __name__ == "__main__":

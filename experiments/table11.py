@@ -293,9 +293,10 @@ def target(args, table, common):
     return Path(args.out) if args.out else ROOT / "experiments" / "results" / name
 
 
-def save(path, rows):
+def save(path, rows, say=True):
     write_json(path, {"command": "python " + " ".join(sys.argv), "rows": rows})
-    print(f"raw numbers: {path}", file=sys.stderr)
+    if say:
+        print(f"raw numbers: {path}", file=sys.stderr)
 
 
 def middle(rows, what, key, base=None):

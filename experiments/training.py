@@ -5,6 +5,7 @@
 Every folder RUN/…M that `--keep` made, and RUN itself, its best checkpoint. Writes
 experiments/results/training-NAME.json and .png.
 """
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,9 @@ FORMS = {
 
 def checkpoints(folder):
     """{name: path}, by tokens; the best one last."""
-    kept = sorted(folder.glob("*M"), key=lambda path: float(path.name[:-1]))
+    named = [path for path in folder.glob("*M")
+             if re.fullmatch(r"\d+(\.\d+)?M", path.name)]
+    kept = sorted(named, key=lambda path: float(path.name[:-1]))
     if not kept:
         raise InputError(f"{folder} holds no checkpoint such as 2M; expected the --out of "
                          "demo/train.py with --keep 2e6,4e6")

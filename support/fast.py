@@ -259,11 +259,16 @@ def compiled(function):
     """
     from torch._dynamo.exc import TorchDynamoException      # a second; only where it is used
     compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
+    if shutil.which(compiler.partition(" ")[0]) is None:
         raise InputError(f"--compile needs a C++ compiler, found no {compiler}; install "
                          "one, name it in CXX, or leave --compile out")
     # Each decoder's own; another number of rows is compiled once more.
-    fast = torch.compile(function, fullgraph=True, isolate_recompiles=True, recompile_limit=64)
+    how = {"isolate_recompiles": True, "recompile_limit": 64}
+    try:
+        fast = torch.compile(function, fullgraph=True, **how)
+    except TypeError:
+        raise InputError(f"--compile needs torch 2.13 or later, found {torch.__version__}; "
+                         "leave --compile out") from None
 
     def run(*args):
         try:

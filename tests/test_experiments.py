@@ -22,6 +22,7 @@ from experiments.report import compare, find, mean_spread, refresh, show
 from influence import attn_lrp
 from model import LAYERS
 from support.checkpoint import Checkpoint
+from support.script import InputError
 from support.texts import digest
 
 SCRIPTS = ("table2", "table7", "table8", "fig1", "fig2", "fig3", "fig5", "fig6", "a6", "open_questions")
@@ -489,6 +490,25 @@ def test_one_kind_by_air_is_that_kinds_factors_and_all_the_others(result_of, lab
     base.tensors = mixed
     wanted = evaluate(base, here.evaluation("text"), here.device, here.dtype)["ppl"]
     assert find(result["rows"], method="up_proj", delta=2.0)["ppl"]["text"] == [wanted]
+
+
+def test_a_row_depends_on_what_was_asked_not_on_what_ran_before(lab):
+    setting = [{"method": "svdllm", "rate": 0.6}]
+    before = lab(seeds="3").measure(setting)
+    assert "js" in lab(seeds="3").measure(setting, js=True)[0]
+    assert lab(seeds="3").measure(setting) == before and "js" not in before[0]
+
+
+def test_one_seed_twice_is_no_spread(lab):
+    with pytest.raises(InputError, match="different numbers"):
+        lab(seeds="3,3")
+
+
+def test_cells_of_another_version_or_device_are_others(lab, monkeypatch):
+    here = lab(seeds="3")
+    key = here.key({"a": 1})
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert here.key({"a": 1}) != key
 
 
 def test_roots_and_ridges_are_what_they_are_called(result_of, lab):

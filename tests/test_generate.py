@@ -345,6 +345,12 @@ def test_no_compiler_is_said_in_a_sentence(monkeypatch, tmp_path):
     done = in_process("generate", "--ckpt", ROOT / "demo", "--compile", "--max-new-tokens", "2")
     err = done.stderr
     assert done.returncode == 2 and "found no no-such-compiler" in err and "CXX" in err and "Traceback" not in err
+    # A torch without these options; a compiler with flags of its own.
+    monkeypatch.setenv("CXX", f"{sys.executable} -O2")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, fullgraph: function)
+        with pytest.raises(InputError, match="needs torch 2.13 or later"):
+            fast.compiled(len)
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
@@ -481,7 +487,10 @@ def test_command_stops_counts_and_batches(monkeypatch, capsys, tmp_path):
 def test_bad_options(monkeypatch, capsys, tmp_path):
     (tmp_path / "none.txt").write_text("\n\n")
     for *arguments, said in (
-            ("--temperature", -1, "expected 0 or more"),
+            ("--temperature", -1, "expected 0, or 1e-6 and more"),
+            ("--temperature", 1e-46, "expected 0, or 1e-6 and more"),       # 0 in fp32, so no number at all
+            ("--seed", 10**20, "fewer than 19 digits"),
+            ("--compile", "--off", "o3", "needs o3"),
             ("--repetition-penalty", 0, "expected above 0"),
             ("--prompt", "", "the prompt is empty"),
             ("--prompt-file", tmp_path / "none.txt", "has no prompt"),
@@ -543,6 +552,33 @@ def test_a_row_of_the_tables(capfd):
 
 
 # ---------------------------------------------------------------------------------------------- experiments/decode.py
+@pytest.mark.parametrize("arguments, said", [
+    ("--dtypes float33", "--dtypes has 'float33'"), ("--dtypes int8", "--dtypes has 'int8'"),
+    ("--batches 0", "--batches is 0"), ("--batches -1", "--batches is -1"), ("--prompts x", "--prompts is x"),
+    ("--rate 5", "--rate is 5.0"), ("--tokens 5000", "at most"), ("--sides dense;sparse", "--sides has 'sparse'"),
+    ("--out no/such/folder/d.json", "no/such/folder")])
+def test_decode_says_what_it_does_not_take(monkeypatch, arguments, said):
+    monkeypatch.setattr(sys, "argv", ["decode.py", *arguments.split()])
+    with pytest.raises(InputError, match=said):
+        decode.main()
+
+
+def test_decode_keeps_what_was_measured_before_a_failure(monkeypatch, tmp_path):
+    plain = decode.rows_of
+
+    def second_fails(sides, what, *more):
+        if what[0] == 2:
+            raise MemoryError
+        return plain(sides, what, *more)
+    monkeypatch.setattr(decode, "rows_of", second_fails)
+    out = tmp_path / "d.json"
+    arguments = "--dtypes float32 --batches 1,2 --prompts , --tokens 2 --rounds 1 --sides dense;0.6 --out"
+    monkeypatch.setattr(sys, "argv", ["decode.py", *arguments.split(), str(out)])
+    with pytest.raises(MemoryError):
+        decode.main()
+    assert [row["batch"] for row in json.loads(out.read_text())["rows"]] == [1, 1]
+
+
 def test_sides_take_turns(tmp_path, monkeypatch, capsys):
     """Every side at every batch and prompt, a number a round; ratios are those of the rounds."""
     monkeypatch.setattr(shutil, "which", lambda name: None)                                 # nothing is compiled

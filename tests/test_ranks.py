@@ -1,7 +1,9 @@
 """support/ranks.py: slopes against finite differences, a step against every other one, the search end to end."""
 
+import dataclasses
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,18 @@ from support import ranks as R
 from support.checkpoint import Checkpoint, in_memory
 
 CPU = torch.device("cpu")
+
+
+def test_an_edited_search_is_another_result(monkeypatch):
+    """A run with --stats goes on only where the rules that chose its ranks are the same."""
+    seen = []
+    monkeypatch.setattr(A, "code_digest", lambda *files: seen.append(files))
+    ckpt = SimpleNamespace(fingerprint=lambda: "")
+    none = torch.zeros(0)
+    for options in (A.Options(ranks="auto"), A.Options(), A.Options(method="aasvd")):
+        fields = dict.fromkeys((field.name for field in dataclasses.fields(A.Job)))
+        A.Job(**fields | {"ckpt": ckpt, "options": options, "windows": none, "blocks": range(2)}).facts()
+    assert "support/ranks.py" in seen[0] and "support/ranks.py" not in seen[1] and "support/anchored.py" in seen[2]
 
 
 def wholes_of(ckpt, windows, blocks=range(2)):
