@@ -29,7 +29,7 @@ from support.script import InputError, free_bytes, parser, pick_device, run
 from support.texts import read_prompts, typed
 from support.tokenizer import Chat, Continuation, Tokenizer
 
-CHUNK = 2048   # columns × rows of one piece of a prompt: bounds the memory of the prefill
+CHUNK = 512    # columns × rows of one piece of a prompt: none is multiplied with later keys in vain
 
 
 # ------------------------------------------------------------ sampling

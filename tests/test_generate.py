@@ -240,7 +240,7 @@ def test_prefill_memory_is_linear_and_decoding_expands_no_cache():
     largest = {}
     for T in (512, 1024):
         with Sizes() as sizes:
-            decoder.prefill([[1] * T] * 8, 1)                                           # pieces of 256 columns
+            decoder.prefill([[1] * T] * 8, 1)                                           # pieces of 64 columns
         largest[T] = max(sizes.seen)
     assert largest[1024] <= 2.1 * largest[512]
     with Sizes() as sizes:
