@@ -432,7 +432,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "air": Method(lambda x, o: air(x.W, x.S, normalise(x.influence(o.signal), o.scale),
-                                   x.k, o.delta, (o.order,) * o.sweeps), "influence"),
+                                   x.k, o.delta, o.orders(x)), "influence"),
     "svdllm": Method(lambda x, o: svdllm(x.W, x.S, x.k), "inputs"),
     "svd": Method(lambda x, o: svd(x.W, x.k), "nothing"),
     "fwsvd": Method(lambda x, o: fwsvd(x.W, x.influence("fisher"), x.k, o.axis),
@@ -441,7 +441,7 @@ METHODS = {
     "kfac": Method(lambda x, o: kfac(x.W, x.S, x.L, x.k)[:2], "kfac"),
     "kfac-air": Method(
         lambda x, o: kfac_air(x.W, (x.S, x.L), normalise(x.influence("kfac"), o.scale),
-                              x.k, o.delta, (o.order,) * o.sweeps),
+                              x.k, o.delta, o.orders(x)),
         "kfac"),
     "gfwsvd": Method(
         lambda x, o: kfac(x.W,
@@ -472,6 +472,8 @@ class Options:
     sweeps: int = option(1, help="ALS sweeps (default 1)")
     order: str = option("backward", ("backward", "forward"),
                         "ranks k-1 to 0 (default), or 0 to k-1")
+    kinds: str = option("all", help="of layers that are swept, such as gate_proj,up_proj; "
+                        "the others stay the sweep's start (default all, the paper's)")
     axis: str = option("in", ("in", "out"),
                        "fwsvd: Fisher information summed per input or output")
     ridge: float = option(None, help="share of ΣXXᵀ's own diagonal that is added to it; "
@@ -485,6 +487,12 @@ class Options:
         reads = METHODS[self.method].reads
         signal = self.signal if reads == "influence" else reads
         return signal if signal in SIGNALS and SIGNALS[signal].target else None
+
+    def orders(self, layer):
+        """Of the sweeps over a Layer. Not in the paper: none where `kinds` leaves it out."""
+        kind = layer.name.rpartition(".")[2]
+        swept = self.kinds == "all" or kind in self.kinds.split(",")
+        return (self.order,) * self.sweeps * swept
 
     def weights(self):
         """(signal, δ) of Eq. 4; (backward signal, None) of a method without it."""
@@ -685,6 +693,10 @@ def prepare(args):
     if args.sweeps < 0 or not 0 <= args.delta <= 1e9:
         raise InputError(f"--sweeps is {args.sweeps} and --delta {args.delta}; "
                          "expected both to be 0 or more")
+    unknown = set(args.kinds.split(",")) - {"all", *(name.split(".")[1] for name in LAYERS)}
+    if unknown:
+        raise InputError(f"--kinds has '{min(unknown)}'; expected all, or some of "
+                         f"{','.join(name.split('.')[1] for name in LAYERS)}")
     if args.ridge is not None and not 0 <= args.ridge <= LARGEST_RIDGE:
         raise InputError(f"--ridge is {args.ridge}; expected 0 to {LARGEST_RIDGE}, a share "
                          "of ΣXXᵀ's own diagonal, or none for the default")

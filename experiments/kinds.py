@@ -20,35 +20,41 @@ from support.texts import digest
 RATES = (0.6,)
 DELTAS = (0.5, 2.0)
 KINDS = tuple(layer.split(".")[1] for layer in LAYERS)
+# {row: the kinds that AIR decomposes in it}: each alone, what gains, all but what loses most.
+MIXED = {kind: (kind,) for kind in KINDS} | {
+    "gate_proj and up_proj": ("gate_proj", "up_proj"),
+    "all but v_proj": tuple(kind for kind in KINDS if kind != "v_proj"),
+}
 
 
 # ------------------------------------------------------------ cells
-def mixture(base, other, kind):
-    """The Checkpoint `base` with every layer of a kind as it is in `other`."""
+def mixture(base, other, kinds):
+    """The Checkpoint `base` with every layer of these kinds as it is in `other`."""
     mixed = copy.copy(base)
     mixed.tensors = base.tensors | {name: w for name, w in other.tensors.items()
-                                    if f".{kind}." in name}
+                                    if any(f".{kind}." in name for kind in kinds)}
     return mixed
 
 
 def cell(lab, rate, delta, seed):
-    """{method or kind: perplexity} at a seed: both models are made once, then mixed."""
+    """{method or row: perplexity} at a seed: both models are made once, then mixed."""
     base = lab.job({"method": "svdllm", "rate": rate}, seed)
     other = lab.job({"method": "air", "rate": rate, "delta": delta}, seed)
 
     def compute():
         made = {"svdllm": lab.compressed(base)[0], "air": lab.compressed(other)[0]}
-        made |= {kind: mixture(made["svdllm"], made["air"], kind) for kind in KINDS}
+        made |= {row: mixture(made["svdllm"], made["air"], kinds)
+                 for row, kinds in MIXED.items()}
         return {name: evaluate(small, lab.evaluation("text"), lab.device, lab.dtype)["ppl"]
                 for name, small in made.items()}
-    facts = {"kinds": KINDS, "base": base.key, "other": other.key,
+    facts = {"kinds": MIXED, "base": base.key, "other": other.key,
              "text": digest(lab.evaluation("text"))}
     what = f"one kind at a time, {rate:g}, δ = {delta:g}, seed {seed}"
     return lab.cell(facts, compute, "experiments/kinds.py", what=what)
 
 
 def measure(lab):
-    """A row a method or kind, rate and δ; SVD-LLM(W) knows no δ."""
+    """A row a method or mixture, rate and δ; SVD-LLM(W) knows no δ."""
     rows = []
     for rate in RATES:
         for delta in DELTAS:
@@ -71,7 +77,7 @@ def markdown(result):
     base = [show(find(result["rows"], method="svdllm", rate=rate)["ppl"]["text"])
             for rate in RATES]
     lines = [["SVD-LLM(W) for all", *(each for each in base for _ in DELTAS)]]
-    for method in (*KINDS, "air"):
+    for method in (*MIXED, "air"):
         gaps = [percent(gap(result, method, delta, rate))
                 for rate in RATES for delta in DELTAS]
         lines.append(["AIR for all" if method == "air" else f"AIR for {method}", *gaps])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import air as A
-from conftest import distance, script
+from conftest import ROOT, distance, in_process, script
 from model import LAYERS, READS
 from support.checkpoint import Checkpoint
 
@@ -465,3 +465,21 @@ def test_both_streams_are_collected_behind_what_is_decomposed(tiny, windows, tmp
         if name.endswith("proj.weight"):
             U, V = (written.tensor(name.replace("weight", f"{which}.weight")) for which in "UV")
             assert distance(U @ V, w) < 1e-3
+
+
+def test_kinds_are_swept_or_stay_the_start():
+    """--kinds: AIR's factors for a layer that is named, SVD-LLM(W)'s approximation for one that is not."""
+    torch.manual_seed(0)
+    inputs = A.Inputs("", (x := torch.randn(40, 7).double()).T @ x, None, 0.0)
+    layer = A.Layer("model.layers.0.mlp.up_proj", torch.randn(9, 7), 4, inputs, {"lrp": torch.rand(9, 7)})
+    swept, named, left = (A.METHODS["air"].factors(layer, A.Options(kinds=kinds))
+                          for kinds in ("all", "gate_proj,up_proj", "gate_proj,down_proj"))
+    assert torch.equal(swept[0], named[0]) and torch.equal(swept[1], named[1])
+    start = A.METHODS["svdllm"].factors(layer, A.Options())
+    assert distance(left[0] @ left[1], start[0] @ start[1]) < 1e-5 < distance(swept[0] @ swept[1], start[0] @ start[1])
+    assert left[2].after == pytest.approx(left[2].before) and swept[2].after < swept[2].before
+
+
+def test_a_kind_that_is_none_is_refused(tmp_path):
+    done = in_process("air", "--ckpt", ROOT / "demo", "--kinds", "gate_proj,top_proj", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "--kinds has 'top_proj'; expected all, or some of q_proj," in done.stderr

@@ -479,8 +479,8 @@ def ppl_of(lab, **setting):
 def test_one_kind_by_air_is_that_kinds_factors_and_all_the_others(result_of, lab):
     module, result = result_of("kinds")
     assert find(result["rows"], method="air", delta=0.5)["ppl"]["text"] == ppl_of(lab, method="air", delta=0.5)
-    values = [find(result["rows"], method=kind, delta=2.0)["ppl"]["text"] for kind in module.KINDS]
-    assert len(module.KINDS) == len({tuple(each) for each in values}) == 7
+    values = [find(result["rows"], method=row, delta=2.0)["ppl"]["text"] for row in module.MIXED]
+    assert len(module.MIXED) == len({tuple(each) for each in values}) == 7 + 2
     assert find(result["rows"], method="svdllm", delta=2.0)["ppl"]["text"] == ppl_of(lab, method="svdllm")
     # By hand: one kind's factors of AIR, everything else SVD-LLM(W)'s.
     here = lab(seeds="3")
@@ -490,6 +490,11 @@ def test_one_kind_by_air_is_that_kinds_factors_and_all_the_others(result_of, lab
     base.tensors = mixed
     wanted = evaluate(base, here.evaluation("text"), here.device, here.dtype)["ppl"]
     assert find(result["rows"], method="up_proj", delta=2.0)["ppl"]["text"] == [wanted]
+    base.tensors = {name: (other if "v_proj" not in name else base).tensors[name] for name in base.names}
+    svdllm = here.compressed(here.job({"method": "svdllm", "rate": 0.6}, 3))[0]
+    base.tensors |= {name: svdllm.tensors[name] for name in base.names if "v_proj" in name}
+    wanted = evaluate(base, here.evaluation("text"), here.device, here.dtype)["ppl"]
+    assert find(result["rows"], method="all but v_proj", delta=2.0)["ppl"]["text"] == [wanted]
 
 
 def test_a_row_depends_on_what_was_asked_not_on_what_ran_before(lab):
