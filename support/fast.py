@@ -146,8 +146,8 @@ class Matrix:
     The weights given become views of it: nothing is held twice, and their model still
     computes the same. On a CPU MKL multiplies few fp32 rows of x on one thread, which
     cannot draw the memory's bandwidth; as a batch, one slice of w a thread, it uses all.
-    A tall matrix is stored column after column there: short rows are slow to sum. In 16
-    bits F.linear arranges w anew at every call; for a single row `mv` does not.
+    A tall matrix is stored column after column there: short rows are slow to sum. In bf16
+    F.linear arranges w anew at every call; for a single row `mv` does not.
     """
 
     def __init__(self, *weights):
@@ -155,7 +155,7 @@ class Matrix:
         n = like.shape[1]
         host = like.device.type == "cpu"
         sliced = host and like.dtype == torch.float32
-        self.single = host and not sliced                   # one row goes through mv
+        self.single = host and like.dtype == torch.bfloat16     # one row goes through mv
         threads = torch.get_num_threads()
         self.sizes = [len(w) for w in weights]
         # Rows of zeros, so that all slices are equal.
