@@ -683,16 +683,11 @@ def evaluation(text, ckpt, seqlen, args):
     return evaluation_windows(text, ckpt, length, args.windows)
 
 
-def prepare(args):
-    """Arguments -> Job. Whatever can be wrong with them raises InputError here."""
-    check_writable(args.json)
-    ckpt = Checkpoint(args.ckpt)
-    if ckpt.cfg.compressed:
-        raise InputError(f"{args.ckpt} is already compressed; "
-                         "point --ckpt at the dense checkpoint")
+def check_options(args):
+    """Raise InputError for an option of the methods out of its range."""
     if args.sweeps < 0 or not 0 <= args.delta <= 1e9:
         raise InputError(f"--sweeps is {args.sweeps} and --delta {args.delta}; "
-                         "expected both to be 0 or more")
+                         "expected 0 or more, δ at most 1e9")
     unknown = set(args.kinds.split(",")) - {"all", *(name.split(".")[1] for name in LAYERS)}
     if unknown:
         raise InputError(f"--kinds has '{min(unknown)}'; expected all, or some of "
@@ -700,6 +695,16 @@ def prepare(args):
     if args.ridge is not None and not 0 <= args.ridge <= LARGEST_RIDGE:
         raise InputError(f"--ridge is {args.ridge}; expected 0 to {LARGEST_RIDGE}, a share "
                          "of ΣXXᵀ's own diagonal, or none for the default")
+
+
+def prepare(args):
+    """Arguments -> Job. Whatever can be wrong with them raises InputError here."""
+    check_writable(args.json)
+    ckpt = Checkpoint(args.ckpt)
+    if ckpt.cfg.compressed:
+        raise InputError(f"{args.ckpt} is already compressed; "
+                         "point --ckpt at the dense checkpoint")
+    check_options(args)
     ckpt.extras()                           # what cannot be copied at the end is said now
     options = Options(**{each.name: getattr(args, each.name) for each in fields(Options)})
     blocks = pick_blocks(args.layers, ckpt.cfg.n_layers)

@@ -471,7 +471,7 @@ class Lab:
         """A setting with what was measured of it, one figure a seed."""
         cells = [self.cells[job.key] for job in jobs if job.setting is setting]
         row = dict(setting)
-        for what in ("ppl", "js") if js else ("ppl",):
+        for what in ("ppl", "js")[:1 + js]:
             row[what] = {}
             for which in texts:
                 windows = digest(self.evaluation(which))

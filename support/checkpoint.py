@@ -568,8 +568,9 @@ class Writer:
         manifest = self.partial / "manifest.json"
         kept = manifest.exists() and read_json(manifest).get("facts", {}).get("kept")
         if kept and not self.keep:
-            raise InputError(f"{self.partial} holds finished parts of a run that can go on: of "
-                             "air.py with --stats, or of enhance/; run that again, or delete it")
+            raise InputError(f"{self.partial} holds finished parts of a run: of air.py, then "
+                             "add --stats to go on, or of enhance/, then run that again; or "
+                             "delete it")
 
     def add(self, part, tensors, note=None):
         """Write {name: tensor} to disk as one part, a shard to be.
