@@ -490,9 +490,8 @@ class Options:
 
     def orders(self, layer):
         """Of the sweeps over a Layer. Not in the paper: none where `kinds` leaves it out."""
-        kind = layer.name.rpartition(".")[2]
-        swept = self.kinds == "all" or kind in self.kinds.split(",")
-        return (self.order,) * self.sweeps * swept
+        swept = {"all", layer.name.rpartition(".")[2]} & set(self.kinds.split(","))
+        return (self.order,) * self.sweeps if swept else ()
 
     def weights(self):
         """(signal, δ) of Eq. 4; (backward signal, None) of a method without it."""

@@ -2,8 +2,8 @@
 
     python experiments/kinds.py                   # the demo; continues where it stopped
 
-Every weight by SVD-LLM(W), but one kind, in all blocks, by AIR; against SVD-LLM(W) for
-all. Writes experiments/results/kinds-NAME.json.
+Every weight by SVD-LLM(W), but one kind (or two, or all but one), in all blocks, by AIR;
+against SVD-LLM(W) for all. Writes experiments/results/kinds-NAME.json.
 """
 import copy
 import sys
