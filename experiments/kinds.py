@@ -3,7 +3,7 @@
     python experiments/kinds.py                   # the demo; continues where it stopped
 
 Every weight by SVD-LLM(W), but one kind (or two, or all but one), in all blocks, by AIR;
-against SVD-LLM(W) for all. Writes experiments/results/kinds-NAME.json.
+against SVD-LLM(W) for all. Writes experiments/results/kinds-NAME.json and .png.
 """
 import copy
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eval_ppl import evaluate
 from experiments.common import Lab, setup_of
-from experiments.report import compare, find, percent, show, table
+from experiments.report import COLOURS, compare, find, percent, show, table
 from model import LAYERS
 from support.script import run
 from support.texts import digest
@@ -90,9 +90,30 @@ def verdicts(result):
     return []
 
 
+def picture(plt, result):
+    """A bar a row and δ, leftwards where AIR gains; a panel a rate."""
+    figure, axes = plt.subplots(1, len(RATES), figsize=(7, 4.5), squeeze=False,
+                                layout="constrained")
+    names = [*MIXED, "air"]
+    for ax, rate in zip(axes[0], RATES):
+        for i, (delta, colour) in enumerate(zip(DELTAS, ("sky", "red"))):
+            means, spreads, _ = zip(*(gap(result, name, delta, rate) for name in names))
+            places = [y + 0.4 * i for y in range(len(names))]
+            ax.barh(places, means, 0.4, xerr=[each or 0 for each in spreads],
+                    color=COLOURS[colour], label=f"δ = {delta:g}")
+        ax.axvline(0, color="black", linewidth=1)
+        ax.set(title=f"{result['checkpoint']}, rate {rate:g}", xlabel="against SVD-LLM(W), %")
+        ax.set_yticks([y + 0.2 for y in range(len(names))],
+                      ["all" if name == "air" else name for name in names])
+        ax.invert_yaxis()
+        ax.legend()
+    axes[0][0].set_ylabel("by AIR")
+    return figure
+
+
 def main():
     lab = Lab("kinds", setup_of(__doc__))
-    lab.finish(sys.modules[__name__], {"rows": measure(lab)})
+    lab.finish(sys.modules[__name__], {"rows": measure(lab)}, picture)
 
 
 if __name__ == "__main__":

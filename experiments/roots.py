@@ -5,7 +5,7 @@
 Nothing, shares of each input's own energy, or a share of all inputs' mean energy is added.
 S is Cholesky's triangle, the paper's, or the symmetric root, which keeps column j of WS
 closest to input j; SVD-LLM(W) is the same for both. Writes
-experiments/results/roots-NAME.json.
+experiments/results/roots-NAME.json and .png.
 """
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 
 from air import METHODS, Method, air, normalise, profile, square_root, svdllm
 from experiments.common import Lab, setup_of
-from experiments.report import compare, find, percent, show, table
+from experiments.report import COLOURS, compare, find, percent, show, table
 from support.script import run
 
 RATE = 0.6
@@ -99,6 +99,26 @@ def verdicts(result):
     return []
 
 
+def picture(plt, result):
+    """AIR against SVD-LLM(W) of the same ridge: a bar a ridge, root and δ."""
+    figure, ax = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    ways = [(delta, form) for delta in DELTAS for form in ("triangle", "symmetric")]
+    for i, ((delta, form), colour) in enumerate(zip(ways, ("sky", "blue", "orange", "red"))):
+        gaps = [compare(ppl(result, name, form, delta), ppl(result, name, "start"))
+                for name in RIDGES]
+        means, spreads, _ = zip(*gaps)
+        root = "Cholesky" if form == "triangle" else form
+        ax.bar([x + 0.2 * i for x in range(len(RIDGES))], means, 0.2,
+               yerr=[each or 0 for each in spreads], color=COLOURS[colour],
+               label=f"δ = {delta:g}, {root}")
+    ax.axhline(0, color="black", linewidth=1)
+    ax.set_xticks([x + 0.3 for x in range(len(RIDGES))], RIDGES)
+    ax.set(ylabel="AIR against SVD-LLM(W), %", xlabel="what is added to ΣXXᵀ's diagonal",
+           title=f"{result['checkpoint']}, rate {RATE:g}")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
 def main():
     lab = Lab("roots", setup_of(__doc__))
     settings = []
@@ -106,7 +126,7 @@ def main():
         settings.append(setting_of(name, "start"))
         settings += [setting_of(name, form, delta)
                      for delta in DELTAS for form in ("triangle", "symmetric")]
-    lab.finish(sys.modules[__name__], {"rows": lab.measure(settings)})
+    lab.finish(sys.modules[__name__], {"rows": lab.measure(settings)}, picture)
 
 
 if __name__ == "__main__":

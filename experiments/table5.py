@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from enhance.refine import ERRORS
 from experiments.common import Lab, Setup, arguments
 from experiments.report import compare, every, listed, rates_of, show, table, verdict
 from experiments.stack import RECIPES, measure, measure_acip
@@ -93,15 +94,21 @@ def verdicts(result):
 
 
 def main():
-    args = vars(arguments(__doc__, RATES).parse_args())
+    p = arguments(__doc__, RATES)
+    p.add_argument("--error", choices=ERRORS, default="squared", help="that refinement "
+                   "minimises (default AA-SVD's; relative for a model with massive activations)")
+    args = vars(p.parse_args())
     rates = args.pop("rates")
+    error = {"error": args.pop("error")}
+    stacks = STACKS | {"+ refinement": [("refine", error)]}
     lab = Lab("table5", Setup(**args))
     rows = []
     for name, form in FORMS.items():
         settings = [form | {"rate": rate, "form": name} for rate in rates]
-        rows += measure(lab, settings, {stack: STACKS[stack] for stack in STACKED[name]})
+        rows += measure(lab, settings, {stack: stacks[stack] for stack in STACKED[name]})
     rows += measure_acip(lab, rates)
     recipes = {name: RECIPES[name] for name in ("refine", "lora", "retrain", "acip")}
+    recipes["refine"] = recipes["refine"] | error
     found = {"dense": lab.dense("text"), "recipes": recipes, "rows": rows}
     lab.finish(sys.modules[__name__], found)
 
