@@ -745,7 +745,11 @@ def make_plan(job, need):
         plan.seconds["forward sweep"] *= 10
     if job.options.ranks == "auto":
         # One sweep and one solve more, and the factors at rate 1, which are held.
-        plan.add(large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, "kfac"))
+        first = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, "kfac")
+        plan.add(first)
+        # Steps of the search: there and back through the model over a few windows.
+        sweep = first.seconds["forward sweep"] + first.seconds["backward sweep"]
+        plan.seconds["search"] = by_measurement.USUAL * sweep * len(job.held) / len(job.windows)
         plan.solving += sum(m * n for m, n, _ in job.cut.values()) * job.ckpt.dtype.itemsize
     spill = job.spill if signal else None                   # other methods keep no inputs
     plan.place((f"{job.out}.partial", need), spill, job.stats)

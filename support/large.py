@@ -427,7 +427,7 @@ class Plan:
     """
 
     device: torch.device
-    seconds: dict               # {"forward sweep", "backward sweep", "solve": seconds}
+    seconds: dict               # {"forward sweep", "backward sweep", "solve", …: seconds}
     rates: tuple                # what machine_rates measured
     held: dict                  # {what: bytes}, of `costs`
     inputs: float               # bytes of block inputs in the host's memory

@@ -23,6 +23,7 @@ from support.texts import own_windows
 
 WINDOWS = 8                     # calibration windows the loss is measured on
 STEPS = 16                      # at most
+USUAL = 8                       # as many, as a rule
 FIRST = 0.2                     # share of a layer's rank that a step may change
 LAST = 0.05                     # steps that are shorter are not tried
 ENOUGH = 0.01                   # where perplexity falls by less, steps become shorter

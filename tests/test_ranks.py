@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import script, write_checkpoint
 
 import air as A
 from model import LAYERS
+from support import large
 from support import ranks as R
 from support.checkpoint import Checkpoint, in_memory
 
@@ -158,6 +160,24 @@ def test_the_command_writes_measured_ranks(tmp_path, windows, method):
     for name in ("config.json", "block_001.safetensors", "model-00002.safetensors"):
         if (tmp_path / "out" / name).exists():
             assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_the_plan_counts_the_search(tmp_path, windows, monkeypatch):
+    # Of a plan in FLOP alone: a search over as many windows as calibrate is eight sweeps more.
+    write_checkpoint(tmp_path / "m")
+    np.save(tmp_path / "w.npy", windows.numpy())
+    monkeypatch.setattr(large, "machine_rates", lambda device, dtype: (1e9, 1e9, 1e30))
+    minutes = {}
+    for ranks in ("uniform", "auto"):
+        monkeypatch.setattr(sys, "argv", ["air.py", "--ckpt", str(tmp_path / "m"), "--calib", str(tmp_path / "w.npy"),
+                                          "--rate", "0.5", "--method", "kfac", "--ranks", ranks, "--text", "none",
+                                          "--out", str(tmp_path / ranks)])
+        job = A.prepare(A.parse_arguments())
+        minutes[ranks] = A.make_plan(job, 0).seconds
+    once = minutes["uniform"]
+    sweep = once["forward sweep"] + once["backward sweep"]
+    assert minutes["auto"]["solve"] == 2 * once["solve"] and sweep > 0
+    assert minutes["auto"]["search"] == pytest.approx(8 * sweep * min(8, len(windows)) / len(windows))
 
 
 def test_a_quiet_run_prints_its_results_only(tmp_path, windows):
