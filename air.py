@@ -719,7 +719,8 @@ def prepare(args):
     text = args.text or calib
     held_out = evaluation(text, ckpt, windows.shape[1], args)
     out = args.out or f"out/{ckpt.name}-{options.method}-{args.rate:g}"
-    check_apart(out, stats=args.stats, spill=args.spill, json=args.json)
+    check_apart(out, stats=args.stats, spill=args.spill, json=args.json, ckpt=args.ckpt,
+                calib=calib, text=text)
     device = large.start_processes(device)
     world = large.processes()[1]
     if METHODS[args.method].reads == "streams" and (args.stats or args.spill or world > 1):

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from model import INPUTS, PLAIN, rope, wide
 from support.checkpoint import Checkpoint
 from support.progress import Progress, told
-from support.script import check_writable, parser, pick_device, run, write_result
+from support.script import (check_seed, check_writable, parser, pick_device, run,
+                            write_result)
 from support.texts import (digest, is_array, own_windows, rows_of, token_array, too_short,
                            with_defaults)
 from support.tokenizer import Tokenizer
@@ -34,6 +35,7 @@ def calibration_windows(text, ckpt, samples=256, seqlen=2048, seed=3):
     tokens kept, shorter ones drawn again. Raises InputError for a text shorter than one
     window.
     """
+    check_seed(seed)
     if is_array(text):
         return windows_of_array(text, ckpt, samples, seqlen, seed)
     rng = random.Random(seed)

@@ -20,16 +20,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
-from enhance.retrain import Loss, model_plan
+from enhance.retrain import Loss, model_plan, states_bytes
 from model import LowRank
-from support.enhance import (Course, arguments, balance, batch_at, learn, linear_at,
+from support.enhance import (Course, arguments, balance, batch_at, learn, linear_at, own,
                              prepare, warm_up_of, write_model)
 from support.script import run
 from support.texts import instruction_rows
 from support.tokenizer import Tokenizer
 
 WARM_UP = 100                   # steps; not in the papers: of few, a fifth
-CUTOFF = 256                    # tokens of an instruction and its answer
+CUTOFF = 256                    # tokens of an instruction and its answer (or --seqlen)
 STAGES = ("U", "V")
 
 
@@ -52,11 +52,12 @@ class Adapter(nn.Module):
         return self.linear(x) + self.scale * F.linear(inner, self.B.to(x.dtype))
 
     @torch.no_grad()
-    def merged(self):
-        """The Linear with W + (α/r) B A."""
+    def merged(self, dtype):
+        """A Linear with W + (α/r) B A, rounded to `dtype`."""
+        linear = own(self.linear)
         change = self.scale * (self.B @ self.A)
-        self.linear.weight.copy_(self.linear.weight.float() + change)
-        return self.linear
+        linear.weight.copy_((linear.weight.float() + change).to(dtype))
+        return linear
 
 
 def put_on(model, which, options):
@@ -71,10 +72,16 @@ def put_on(model, which, options):
     return params
 
 
-def merge(model, which):
-    for layer in model.modules():
+def merge(model, which, ckpt):
+    """Put merged factors, rounded as `ckpt` stores them, in the adapters' places; returns
+    {layer: Adapter}."""
+    adapters = {}
+    for name, layer in list(model.named_modules()):
         if isinstance(layer, LowRank):
-            setattr(layer, which, getattr(layer, which).merged())
+            adapters[layer] = getattr(layer, which)
+            dtype = ckpt.tensors[f"{name}.{which}.weight"].dtype
+            setattr(layer, which, adapters[layer].merged(dtype))
+    return adapters
 
 
 # ------------------------------------------------------------ text
@@ -94,22 +101,30 @@ def hide(ids):
     return [-1 - id for id in ids]
 
 
-def tokens_of(row, tokenizer):
-    """A row as CUTOFF ids: prompt and what fills up hidden; the end-of-text learnt where
+def tokens_of(row, tokenizer, length):
+    """A row as `length` ids: prompt and what fills up hidden; the end-of-text learnt where
     there is room for it."""
     prompt = tokenizer.bos + tokenizer.encode(prompt_of(row))
     whole = tokenizer.bos + tokenizer.encode(prompt_of(row) + row["output"])
     ids = hide(whole[:len(prompt)]) + whole[len(prompt):] + sorted(tokenizer.eos)[:1]
-    ids = ids[:CUTOFF]
+    ids = ids[:length]
     # On the right, which later tokens alone would see, and there are none.
-    return ids + hide([0] * (CUTOFF - len(ids)))
+    return ids + hide([0] * (length - len(ids)))
 
 
-def instructions(path, ckpt):
-    """The rows of a .json file as ids (N, CUTOFF). Raises InputError."""
+def instructions(path, ckpt, length):
+    """The rows of a .json file as ids (N, `length`; None: CUTOFF, within the context), but
+    for those whose prompt leaves no room for an answer. Raises InputError."""
     rows = instruction_rows(path)
     tokenizer = Tokenizer(ckpt)
-    return torch.tensor([tokens_of(row, tokenizer) for row in rows])
+    length = length or min(CUTOFF, ckpt.cfg.context)
+    ids = torch.tensor([tokens_of(row, tokenizer, length) for row in rows])
+    learnt = (ids[:, 1:] >= 0).any(1)
+    left_out = int((~learnt).sum())
+    if left_out:
+        print(f"{left_out} of {len(ids)} rows of {path} are left out: their prompts fill all "
+              f"{length} tokens", file=sys.stderr)
+    return ids[learnt]
 
 
 # ------------------------------------------------------------ learning
@@ -127,14 +142,23 @@ def lora(task, model, folder=None):
         loss.add_gradient(batch_at(task, step))
         model.eval()
 
+    def held_loss():
+        # Of the factors as they would be stored.
+        adapters = merge(model, which, task.ckpt)
+        found = loss.mean(task.held)
+        for layer, adapter in adapters.items():
+            setattr(layer, which, adapter)
+        return found
+
     for which in STAGES:
         torch.manual_seed(task.seed)
-        adapters = put_on(model, which, o)
-        course = Course(adapters, o, torch.float32, folder, f"training-{which}")
-        for step, found in learn(course, steps, gradient, lambda: loss.mean(task.held),
+        params = put_on(model, which, o)
+        course = Course(params, o, dict.fromkeys(params, torch.float32), folder,
+                        f"training-{which}")
+        for step, found in learn(course, steps, gradient, held_loss,
                                  lambda step: linear_at(step, steps, warm_up)):
             yield which, step, found
-        merge(model, which)
+        merge(model, which, task.ckpt)
 
 
 # ------------------------------------------------------------ the command
@@ -157,7 +181,10 @@ def main():
         for which, step, loss in lora(task, model, folder):
             yield f"adapters on {which}, step {step}: held-out loss {loss:.4f}"
 
-    write_model(task, args, model_plan(task, len(STAGES)), train)
+    shapes = [task.ckpt.tensors[f"{layer}.{which}.weight"].shape
+              for layer in task.ckpt.cfg.ranks for which in STAGES]
+    states = states_bytes(task.ckpt, args.rank * sum(map(sum, shapes)))
+    write_model(task, args, model_plan(task, states, len(STAGES)), train)
 
 
 if __name__ == "__main__":

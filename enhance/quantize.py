@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from calibrate import block_forward, embed
 from model import LowRank, rope
+from support.checkpoint import result_bytes
 from support.enhance import (advance, arguments, check_finite, make_plan, own, prepare,
                              weights_of, write_blocks)
 from support.packed import WIDTHS, dequantize, grid_of, packed_tensors
@@ -155,7 +156,10 @@ def quantize(task, finished):
             packed, errors = quantize_block(block, h, angles, task.options, task.ckpt.dtype)
             at = f"model.layers.{l}."
             packed = {at + name: tensor.cpu() for name, tensor in packed.items()}
-            yield l, packed | task.ckpt.rest(l, [at + name for name in errors]), errors
+            # Biases, norms and what was left dense stay as they are.
+            weights = {f"{at}{name}.weight" for name in errors}
+            rest = {name: w for name, w in task.ckpt.rest(l).items() if name not in weights}
+            yield l, packed | rest, errors
         else:
             block.load_state_dict(state)
         advance(block, h, angles)
@@ -170,11 +174,14 @@ def plan(task):
     # Three passes; a rounding moves each column's error to all that follow.
     flops = cfg.n_layers * numbers * (6 * tokens + 4 * cfg.hidden)
     stream = 2 * tokens * cfg.dim * task.dtype.itemsize
-    return make_plan(task, flops, stream, 12 * numbers + 16 * 7 * cfg.hidden**2)
+    disk = {"result": result_bytes(task.ckpt, {}, task.options)}
+    return make_plan(task, flops, stream, 12 * numbers + 16 * 7 * cfg.hidden**2, disk)
 
 
 def line(errors):
     """How far the outputs of the factors moved, against RTN."""
+    if not errors:
+        return "dense, left as it is"
     ratios = [own / nearest for own, nearest in errors.values() if nearest]
     return f"error in the outputs {sum(ratios) / max(1, len(ratios)):.2f} of RTN's"
 

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any f
 from calibrate import embed
 from model import LowRank, rope, wide
 from support.enhance import (advance, arguments, balance, check_finite, dense_of,
-                             device_bytes, make_plan, own, prepare, products, rate_at,
-                             weights_of, write_blocks)
+                             device_bytes, dtypes_of, make_plan, own, prepare, products,
+                             rate_at, weights_of, write_blocks)
 from support.progress import told
 from support.script import run
 
@@ -64,7 +64,7 @@ class Recipe:
     error: str                  # one of ERRORS
     angles: tuple               # RoPE's
     dtype: torch.dtype          # of matrix products; the parameters are in fp32
-    stored: torch.dtype         # the parameters are rounded to in the end
+    stored: dict                # {parameter: the dtype it is rounded to in the end}
 
     def error_of(self, block, x, y):
         """The error of a micro-batch (B, T, dim), on the device."""
@@ -74,7 +74,7 @@ class Recipe:
 
     def rounded(self, block):
         """{name: tensor} of the block as it will be stored."""
-        return {name: w.detach().to(self.stored).clone() for name, w in block.state_dict().items()}
+        return {key: w.to(self.stored[key], copy=True) for key, w in block.state_dict().items()}
 
 
 def micro_batches(pairs):
@@ -141,7 +141,7 @@ def refine(task, dense, finished):
     x = embed(task.ckpt, windows, task.dtype)           # the compressed stream X̂ (N, T, dim)
     y = embed(dense, windows, task.dtype)               # the dense one, X
     angles = rope(task.ckpt.cfg, windows.shape[1], task.device)
-    recipe = Recipe(**task.options, angles=angles, dtype=task.dtype, stored=task.ckpt.dtype)
+    recipe = Recipe(**task.options, angles=angles, dtype=task.dtype, stored={})
     for l in told("block", range(task.ckpt.cfg.n_layers)):
         # y is now what block l of the dense model makes of X: what is to be learnt.
         advance(dense.block(l, task.device, task.dtype), y, angles)
@@ -151,10 +151,10 @@ def refine(task, dense, finished):
             block.requires_grad_(True)
             # A block that was left dense stays as it is.
             low_rank = any(isinstance(layer, LowRank) for layer in block.modules())
-            how = recipe if low_rank else replace(recipe, epochs=0)
+            how = replace(recipe, stored=dtypes_of(task.ckpt, l), epochs=recipe.epochs * low_rank)
             found = refine_block(block, Pairs(x[:n], y[:n]), Pairs(x[n:], y[n:]), how,
                                  task.seed + l)
-            state = recipe.rounded(block)
+            state = how.rounded(block)
             yield l, {f"model.layers.{l}.{name}": w for name, w in state.items()}, found
         block.load_state_dict(state)
         advance(block.requires_grad_(False).to(task.dtype), x, angles)

@@ -9,6 +9,7 @@ cosine, no weight decay, stopped early by held-out windows). A killed run goes o
 
 Shapes: N windows, T tokens a window.
 """
+import math
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch.utils.checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from model import LowRank, rope, to_logits
+from support.checkpoint import result_bytes
 from support.enhance import (Course, arguments, balance, batch_at, dense_of, learn, make_plan,
                             prepare, products, rate_at, warm_up_of, write_model)
 from support.script import run
@@ -97,14 +99,13 @@ class Loss:
 
 # ------------------------------------------------------------ the course
 def learning_factors(model):
-    """{name: parameter} of all factors, in fp32, to learn; all else stays."""
+    """{name: parameter} of all factors, to learn; all else stays."""
     params = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LowRank):
             for which in ("V", "U"):
-                factor = getattr(layer, which)
-                factor.weight = torch.nn.Parameter(factor.weight.float())
-                params[f"{name}.{which}.weight"] = factor.weight
+                weight = getattr(layer, which).weight
+                params[f"{name}.{which}.weight"] = weight.requires_grad_(True)
     return params
 
 
@@ -116,7 +117,9 @@ def retrain(task, model, teacher=None, folder=None):
     o = task.options
     balance(model)
     loss = Loss(model, task.device, task.dtype, teacher, o["weight"])
-    course = Course(learning_factors(model), o, task.ckpt.dtype, folder)
+    params = learning_factors(model)
+    stored = {name: task.ckpt.tensors[name].dtype for name in params}
+    course = Course(params, o, stored, folder)
     steps = o["epochs"] * -(-len(task.windows) // o["batch"])
     warm_up = warm_up_of(steps, WARM_UP)
 
@@ -128,9 +131,15 @@ def retrain(task, model, teacher=None, folder=None):
 
 
 # ------------------------------------------------------------ the command
-def model_plan(task, stages=1, teacher=None):
-    """The plan's line of a file that trains the whole model in `stages`. Raises InputError
-    for what does not fit."""
+def states_bytes(ckpt, numbers):
+    """Of a state on disk, `numbers` parameters that learn and what AdamW keeps of them, and
+    of the one that takes its place."""
+    return 2 * numbers * (12 + ckpt.dtype.itemsize)
+
+
+def model_plan(task, states, stages=1, teacher=None):
+    """The Plan of a file that trains the whole model in `stages`; `states`: bytes of its
+    states on disk. Raises InputError for what does not fit."""
     cfg = task.ckpt.cfg
     o = task.options
     T = task.windows.shape[1]
@@ -142,7 +151,8 @@ def model_plan(task, stages=1, teacher=None):
     held = 24 * numbers + 4 * max(MICRO_BATCH, T) * widths
     if teacher:
         held += teacher.parameters() * task.dtype.itemsize
-    return make_plan(task, numbers * tokens * stages, 0, held)
+    disk = {"result": result_bytes(task.ckpt, {}), "training states": states}
+    return make_plan(task, numbers * tokens * stages, 0, held, disk)
 
 
 def main():
@@ -171,7 +181,10 @@ def main():
         for step, loss in retrain(task, model, teacher, folder):
             yield f"step {step}: held-out loss {loss:.4f}"
 
-    write_model(task, args, model_plan(task, teacher=dense), train)
+    factors = sum(math.prod(task.ckpt.tensors[f"{layer}.{which}.weight"].shape)
+                  for layer in task.ckpt.cfg.ranks for which in "VU")
+    states = states_bytes(task.ckpt, factors)
+    write_model(task, args, model_plan(task, states, teacher=dense), train)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from eval_ppl import evaluate
 from peers.acip import OPTIONS, Training, blocks_of, learn, put_on
 from support.checkpoint import in_memory
 from support.config import compressed_config, parse_config
-from support.enhance import HELD, Task, code_of, own
+from support.enhance import HELD, Task, code_of, model_to_learn, own
 from support.packed import PARTS, unpacked
 from support.texts import digest
 
@@ -55,7 +55,7 @@ def by_block(task, blocks):
 
 def whole_model(task, train):
     """The Checkpoint's factors after `train`(task, model), which yields losses."""
-    model = own(task.ckpt.model(task.device, task.dtype))
+    model = model_to_learn(task.ckpt, task.device, task.dtype)
     for _ in train(task, model):
         pass
     state = model.state_dict()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from model import Block, Llama
 from support.config import parse_config, quantized_of
-from support.packed import PARTS, unpacked
+from support.packed import PARTS, packed_bytes, unpacked
 from support.script import (Hold, InputError, check_readable, check_space, denied,
                             may_write, read_json, sha256, usual_mode, write_whole)
 
@@ -378,6 +378,8 @@ class Checkpoint:
 
 
 # ------------------------------------------------------------ out
+# What a run leaves that is killed before its first part counts.
+FIRST_PARTS = r"(model-block-\d+|training\S*)\.safetensors(\.partial)?|manifest\.json\.partial"
 SHARD_BYTES = 5e9       # a larger checkpoint is stored as one shard a block
 
 
@@ -389,13 +391,21 @@ def part_of(l):
     return f"model-block-{l:03}.safetensors"
 
 
-def result_bytes(ckpt, cut):
+def result_bytes(ckpt, cut, grid=None):
     """What a result takes on disk, with room for its config.json and manifest.
 
-    cut {layer: (m, n, rank)} of the layers that are decomposed.
+    cut {layer: (m, n, rank)} of the layers that are decomposed; grid {"bits", "group"}: of
+    codes that the factors of `ckpt` are written as.
     """
     saved = sum(m * n - k * (m + n) for m, n, k in cut.values())
-    return (ckpt.parameters() - saved) * ckpt.dtype.itemsize + 2**22
+    size = (ckpt.parameters() - saved) * ckpt.dtype.itemsize
+    written_as_codes = ckpt.cfg.ranks if grid else ()
+    for layer in written_as_codes:
+        for which in "VU":
+            rows, columns = ckpt.tensors[f"{layer}.{which}.weight"].shape
+            size -= rows * columns * ckpt.dtype.itemsize
+            size += rows * packed_bytes(columns, grid["bits"], grid["group"], ckpt.dtype.itemsize)
+    return size + 2**22
 
 
 class TensorFolder:
@@ -538,8 +548,16 @@ class Writer:
             os.replace(old, self.out)
 
     def clear(self):
-        """Remove what a run that was killed left, unless this one goes on from there."""
-        if self.hold and not (self.keep and (self.partial / "manifest.json").exists()):
+        """Remove what a run that was killed left, unless this one goes on from there. Raises
+        InputError for a folder that no run left."""
+        path = self.partial / "manifest.json"
+        manifest = path.exists() and read_json(path).keys() >= {"facts", "files"}
+        if self.hold and not (self.keep and manifest):
+            others = [path.name for path in self.partial.iterdir()
+                      if not (manifest or re.fullmatch(FIRST_PARTS, path.name))]
+            if others:
+                raise InputError(f"{self.partial} holds {min(others)}, which no run wrote; parts "
+                                 "are written there: name another --out, or move it")
             for left in self.partial.iterdir():
                 if left.is_dir():
                     shutil.rmtree(left)

@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,8 +17,8 @@ from support.config import MODELING, compressed_config, dense_config
 from support.large import machine_rates
 from support.packed import PARTS, unpacked
 from support.progress import Progress, Stopwatch, told
-from support.script import (InputError, check_apart, check_writable, code_digest,
-                            free_bytes, parser, peak_memory, pick_device, write_json)
+from support.script import (InputError, check_apart, check_seed, check_writable,
+                            code_digest, free_bytes, parser, peak_memory, pick_device, write_json)
 from support.texts import digest, with_defaults
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")        # what AdamW keeps of a parameter
@@ -75,12 +76,16 @@ def dense_of(ckpt, given):
         raise InputError(f"{ckpt.folder} was made of {path}, which is not there any more; "
                          "name it with --dense")
     dense = Checkpoint(path)
+    if dense.cfg.compressed:
+        raise InputError(f"{path} is compressed itself; name the dense model of {ckpt.folder} "
+                         "with --dense")
     if dense.cfg != replace(ckpt.cfg, ranks={}):
         raise InputError(f"{path} is not the dense model of {ckpt.folder}: their config.json "
                          "differ beyond the ranks; name the right one with --dense")
     if source.get("fingerprint", dense.fingerprint()) != dense.fingerprint():
         raise InputError(f"{path} is not the checkpoint that {ckpt.folder} was made of: its "
-                         "weights are others; name the right one with --dense")
+                         "weights or its config.json are others; name the right one with "
+                         "--dense")
     return dense
 
 
@@ -126,11 +131,31 @@ class Task:
                 f"threads), {str(self.dtype)[6:]}, seed {self.seed}")
 
 
+def learnt_from(args, ckpt, instructions):
+    """(Token ids (N, T), the text they are of, the evaluation's text and its tokens a
+    window), instructions as `prepare` has them. Raises InputError."""
+    check_seed(args.seed)
+    calib, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
+    if instructions and calib.lower().endswith(".json"):
+        usual, _, length = with_defaults(ckpt, None, None, args.seqlen)
+        windows = instructions(calib, ckpt, args.seqlen)[:args.samples]
+        what = f"instructions of {calib} with an answer"
+    else:
+        usual = calib
+        windows = calibration_windows(calib, ckpt, samples, seqlen, args.seed)
+        length = windows.shape[1]
+        what = "calibration windows"
+    if len(windows) < 2:
+        raise InputError(f"{len(windows)} {what}; expected 2 or more, since one in {HELD} is "
+                         "held out: set --samples, or give a longer text")
+    return windows, calib, args.text or usual, length
+
+
 def prepare(name, args, options, instructions=None, folder="enhance"):
     """Arguments -> Task. Whatever can be wrong with them raises InputError here.
 
-    instructions(path, ckpt) -> (N, T) reads --calib where that is a .json file. What is in
-    `folder` enhance/ starts from a result, what is in peers/ from a dense checkpoint.
+    instructions(path, ckpt, T or None) -> (N, T) reads --calib where that is a .json file.
+    What is in `folder` enhance/ starts from a result, in peers/ from a dense checkpoint.
     """
     check_writable(args.json)
     for key, (least, most) in BOUNDS.items():
@@ -146,23 +171,16 @@ def prepare(name, args, options, instructions=None, folder="enhance"):
                          "checkpoint")
     ckpt.extras()
     device, dtype, _ = pick_device(args.device, args.dtype)
-    calib, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
-    instructed = instructions and calib.lower().endswith(".json")
-    if instructed:
-        windows = instructions(calib, ckpt)[:args.samples]
-    else:
-        windows = calibration_windows(calib, ckpt, samples, seqlen, args.seed)
-    if len(windows) < 2:
-        raise InputError(f"{len(windows)} calibration window; expected 2 or more, since one "
-                         f"in {HELD} is held out: set --samples")
+    windows, calib, text, length = learnt_from(args, ckpt, instructions)
     n = max(1, len(windows) // HELD)
-    usual, _, length = with_defaults(ckpt, None, None, args.seqlen)
-    text = args.text or (usual if instructed else calib)
-    length = length if instructed else windows.shape[1]
     evaluation = None
     if text != "none":
         evaluation = evaluation_windows(text, ckpt, length, args.windows)
-    check_apart(args.out, json=args.json)
+    given = vars(args)
+    check_apart(args.out, **{key: given.get(key) for key in
+                             ("json", "ckpt", "dense", "teacher", "calib", "text")})
+    if given.get("dense"):
+        dense_of(ckpt, args.dense)              # where it is not read it is checked all the same
     return Task(name, ckpt, options, calib, windows[:-n], windows[-n:], text, evaluation,
                 device, dtype, args.seed, args.out, folder)
 
@@ -174,6 +192,13 @@ def weights_of(ckpt, l):
                if name.startswith(at))
 
 
+def dtypes_of(ckpt, l):
+    """{parameter of block l: the dtype it is stored in}."""
+    at = f"model.layers.{l}."
+    return {name.removeprefix(at): ckpt.tensors[name].dtype for name in ckpt.names
+            if name.startswith(at)}
+
+
 def device_bytes(cfg, weights, tokens, dtype):
     """Of a block that learns beside the dense one: weights (small, whole) of a block
     each, a micro-batch of `tokens`."""
@@ -183,9 +208,18 @@ def device_bytes(cfg, weights, tokens, dtype):
     return 20 * small + whole * dtype.itemsize + graph
 
 
-def make_plan(task, flops, host, block):
-    """The plan in one line: `flops` in all, bytes of the `host`'s memory and of a `block`
-    and what belongs to it, on the device. Raises InputError for what does not fit."""
+class Plan(NamedTuple):
+    """What a run takes."""
+
+    line: str                   # said before it begins
+    need: float                 # bytes on disk
+
+
+def make_plan(task, flops, host, block, disk=None):
+    """The Plan: `flops` in all, bytes of the `host`'s memory and of a `block` and what
+    belongs to it, on the device; `disk` {what: bytes}, by default a result of the same
+    shapes. Raises InputError for what does not fit in memory."""
+    disk = disk or {"result": result_bytes(task.ckpt, {})}
     if task.device.type == "cpu":
         host += block
         block = 0
@@ -198,9 +232,10 @@ def make_plan(task, flops, host, block):
                              f"{free / 1e9:.1f} GB are free; {advice}")
     rate, _, _ = machine_rates(task.device, task.dtype)
     gpu = f", {block / 1e9:.2f} GB on the GPU" if block else ""
-    return (f"plan: about {flops / rate / 60:.1f} min, {host / 1e9:.2f} GB of memory{gpu}, "
-            f"result {result_bytes(task.ckpt, {}) / 1e9:.2f} GB (measured: "
-            f"{rate / 1e9:,.0f} GFLOP/s)")
+    kept = ", ".join(f"{what} {size / 1e9:.2f} GB" for what, size in disk.items())
+    line = (f"plan: about {flops / rate / 60:.1f} min, {host / 1e9:.2f} GB of memory{gpu}, "
+            f"{kept} (measured: {rate / 1e9:,.0f} GFLOP/s)")
+    return Plan(line, sum(disk.values()))
 
 
 # ------------------------------------------------------------ learning
@@ -214,6 +249,18 @@ def check_finite(value, what):
 def own(module):
     """A copy to be changed: an fp32 checkpoint hands out its own memory."""
     return copy.deepcopy(module)
+
+
+def model_to_learn(ckpt, device, dtype):
+    """The whole model in memory, in `dtype`, but for its factors, which are in fp32: what
+    learns starts from the numbers that are stored."""
+    model = own(ckpt.model(device, dtype))
+    for name, layer in model.named_modules():
+        if isinstance(layer, LowRank):
+            for which in ("V", "U"):
+                w = ckpt.tensor(f"{name}.{which}.weight", device, torch.float32)
+                getattr(layer, which).weight = torch.nn.Parameter(w.clone(), requires_grad=False)
+    return model
 
 
 @torch.no_grad()
@@ -298,7 +345,7 @@ def advance(block, h, angles):
 
 class Course:
     """AdamW without weight decay on `params` {name: fp32 tensor}; what is best on held-out
-    text is kept, rounded to the dtype `stored`.
+    text is kept, rounded to the dtypes `stored` {name: dtype}.
 
     folder: a TensorFolder in which a killed run finds all of it again; None: none.
     """
@@ -335,7 +382,7 @@ class Course:
     def judge(self, held_loss):
         """Note held_loss() of the parameters as they would be stored; a state is saved."""
         exact = {key: w.detach().clone() for key, w in self.params.items()}
-        rounded = {key: w.to(self.stored) for key, w in exact.items()}
+        rounded = {key: w.to(self.stored[key]) for key, w in exact.items()}
         self.give(rounded)
         loss = held_loss()
         self.give(exact)
@@ -389,10 +436,9 @@ def learn(course, steps, gradient, held_loss, share):
 
 
 # ------------------------------------------------------------ the result
-def open_writer(task, overwrite):
+def open_writer(task, plan, overwrite):
     """The Writer of a task's result, which keeps what is finished."""
-    need = result_bytes(task.ckpt, {})
-    return Writer(task.out, need, overwrite, task.facts(), keep=True)
+    return Writer(task.out, plan.need, overwrite, task.facts(), keep=True)
 
 
 def block_state(ckpt, l, tensors, packed):
@@ -419,9 +465,9 @@ def write_blocks(task, args, plan, blocks, line, packed=None):
     progress = Progress(args.quiet).listen()
     watch = Stopwatch()
     L = task.ckpt.cfg.n_layers
-    with open_writer(task, args.overwrite) as writer:
+    with open_writer(task, plan, args.overwrite) as writer:
         progress.say(task.header())
-        progress.say(plan)
+        progress.say(plan.line)
         left = [l for l in range(L) if part_of(l) not in writer.done]
         if len(left) < L:
             progress.say(f"going on: {L - len(left)} of {L} blocks are finished in "
@@ -452,17 +498,17 @@ def write_model(task, args, plan, train):
     progress = Progress(args.quiet).listen()
     watch = Stopwatch()
     L = task.ckpt.cfg.n_layers
-    with open_writer(task, args.overwrite) as writer:
+    with open_writer(task, plan, args.overwrite) as writer:
         progress.say(task.header())
-        progress.say(plan)
+        progress.say(plan.line)
         parts = [part_of(l) for l in range(L + 1)]
         # A run that was killed while it moved them into place had all of them.
         if not writer.done.keys() >= set(parts):
-            model = own(task.ckpt.model(task.device, task.dtype))
+            model = model_to_learn(task.ckpt, task.device, task.dtype)
             for each in train(model, writer.folder):
                 progress.say(each)
             state = model.state_dict()
-            factors = {name: w.detach().to(task.ckpt.dtype).cpu()
+            factors = {name: w.detach().to(task.ckpt.tensors[name].dtype).cpu()
                        for name, w in state.items() if ".U." in name or ".V." in name}
             for l, part in enumerate(parts):
                 rest = task.ckpt.rest(l)

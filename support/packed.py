@@ -67,7 +67,7 @@ def unpack(packed, bits, columns):
 
 def widen(per_group, group, columns):
     """(rows, groups) -> (rows, columns), each value for `group` columns; 0: for all."""
-    return per_group.repeat_interleave(group or columns, dim=1)[:, :columns]
+    return per_group.repeat_interleave(min(group or columns, columns), dim=1)[:, :columns]
 
 
 def dequantize(codes, scales, zeros, group):
@@ -84,6 +84,13 @@ def unpacked(parts, bits, group, columns):
     packed, scales, zeros = parts
     codes = unpack(packed, bits, columns)
     return dequantize(codes, scales, zeros, group).to(scales.dtype)
+
+
+def packed_bytes(columns, bits, group, itemsize):
+    """What a row takes on disk, `itemsize` bytes a scale."""
+    codes = -(-columns * bits // 8)
+    groups = -(-columns // group) if group else 1
+    return codes + groups * (itemsize + 1)
 
 
 def packed_tensors(name, codes, scales, zeros, bits):

@@ -1,5 +1,5 @@
 """What the files of peers/ share: arguments, and the checkpoint they write."""
-from support.checkpoint import Writer, part_of, result_bytes
+from support.checkpoint import Writer, part_of
 from support.config import MODELING, compressed_config
 from support.enhance import add_result_arguments, end, make_plan
 from support.progress import Progress, Stopwatch
@@ -39,10 +39,9 @@ def write_peer(task, args, cost, blocks, changes=(), section=()):
     progress = Progress(args.quiet).listen()
     watch = Stopwatch()
     plan = make_plan(task, *cost)
-    need = result_bytes(task.ckpt, {})
-    with Writer(task.out, need, args.overwrite, task.facts()) as writer:
+    with Writer(task.out, plan.need, args.overwrite, task.facts()) as writer:
         progress.say(task.header())
-        progress.say(plan)
+        progress.say(plan.line)
         for l, tensors in blocks:
             writer.add(part_of(l), tensors)
             ranks |= {name.removesuffix(".V.weight"): len(w) for name, w in tensors.items()

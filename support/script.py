@@ -187,11 +187,19 @@ def same_folder(descriptor, path):
     return False
 
 
+def check_seed(seed):
+    """Raise InputError for a number that is too large for PyTorch's generators."""
+    if abs(seed) >= 2**62:
+        raise InputError(f"--seed is {seed}; expected fewer than 19 digits")
+
+
 def check_apart(out, **others):
-    """Raise InputError for a path inside the output folder, which is replaced whole."""
+    """Raise InputError for a path inside the output folder, which is replaced whole; the
+    folder itself may be the --ckpt it is made of."""
     out = Path(out).resolve()
     for name, path in others.items():
-        if path and out in (Path(path).resolve(), *Path(path).resolve().parents):
+        inside = path and out in (Path(path).resolve(), *Path(path).resolve().parents)
+        if inside and not (name == "ckpt" and Path(path).resolve() == out):
             raise InputError(f"--{name} {path} lies inside --out {out}, which is "
                              f"replaced as a whole; give another --{name}")
 

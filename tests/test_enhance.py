@@ -2,10 +2,12 @@
 import copy
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -31,11 +33,11 @@ from experiments import scale
 from generate import Decoder, generate
 from model import Llama, LowRank, rope
 from support import export
-from support.checkpoint import Checkpoint
+from support.checkpoint import Checkpoint, TensorFolder, Writer
 from support.config import parse_config
 from support.enhance import (Course, Task, balance, code_of, dense_of, learn, linear_at, rate_at,
                              warm_up_of)
-from support.packed import WIDTHS, pack, unpack
+from support.packed import WIDTHS, pack, unpack, widen
 from support.script import InputError, run
 from support.texts import instruction_rows
 
@@ -71,9 +73,8 @@ def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     write_checkpoint(folder / "tiny", dtype=torch.bfloat16)
     np.save(folder / "ids.npy", np.random.RandomState(0).randint(0, 64, size=4000))
-    done = in_process(air, "--ckpt", folder / "tiny", "--rate", "0.5", "--out", folder / "small", "--text", "none",
-                      "--calib", folder / "ids.npy", "--samples", "16", "--seqlen", "16")
-    assert done.returncode == 0, done.stderr
+    result_of(folder / "tiny", folder / "small",
+              ("--calib", folder / "ids.npy", "--samples", "16", "--seqlen", "16"))
     return folder
 
 
@@ -81,6 +82,13 @@ def start(tmp_path_factory):
 def made(start):
     """(A result, what it was made of, the arguments all share.)"""
     return start / "small", start / "tiny", ["--calib", start / "ids.npy", "--samples", "16", "--seqlen", "16"]
+
+
+def result_of(dense, out, usual):
+    """The Checkpoint that air.py makes of `dense` at rate 0.5."""
+    done = in_process(air, "--ckpt", dense, "--rate", "0.5", "--out", out, "--text", "none", *usual)
+    assert done.returncode == 0, done.stderr
+    return Checkpoint(out)
 
 
 def enhance(name, start, out, *more):
@@ -133,7 +141,7 @@ def test_the_dense_model_is_found_and_another_refused(made, tmp_path):
     ckpt = Checkpoint(small)
     assert dense_of(ckpt, None).folder == dense
     other = write_checkpoint(tmp_path / "other", dtype=torch.bfloat16, seed=1)
-    with pytest.raises(InputError, match="weights are others"):
+    with pytest.raises(InputError, match="weights or its config.json are others"):
         dense_of(ckpt, other)
     wider = write_checkpoint(tmp_path / "wider", dtype=torch.bfloat16, num_hidden_layers=3)
     with pytest.raises(InputError, match="differ beyond the ranks"):
@@ -169,6 +177,85 @@ def test_options_out_of_bounds_are_refused(made, tmp_path):
                                 ("lora", "--dropout", 1), ("quantize", "--group", -4), ("retrain", "--lr", "nan")):
         done = enhance(name, small, tmp_path / "o", *usual, option, value)
         assert done.returncode == 2 and f"{option} is" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_what_a_run_reads_is_not_replaced_with_its_output(made, tmp_path):
+    """--overwrite replaces a folder as a whole: what lies in it would be gone when it is wanted."""
+    small, dense, usual = made
+    outer = tmp_path / "outer"
+    shutil.copytree(small, outer)
+    shutil.copytree(small, outer / "inner")
+    shutil.copytree(dense, outer / "dense")
+    shutil.copy(usual[1], outer / "ids.npy")
+    for name, start, more in (("quantize", outer / "inner", ()), ("quantize", small, ("--calib", outer / "ids.npy")),
+                              ("refine", small, ("--dense", outer / "dense")),
+                              ("quantize", small, ("--text", outer / "ids.npy")),
+                              ("retrain", small, ("--teacher", outer / "dense"))):
+        done = enhance(name, start, outer, *usual, *more, "--overwrite")
+        assert done.returncode == 2 and "lies inside --out" in done.stderr and done.stderr.count("\n") == 1
+    done = in_process(air, "--ckpt", outer / "dense", "--out", outer, "--text", "none", *usual, "--overwrite")
+    assert done.returncode == 2 and "lies inside --out" in done.stderr
+    # The folder itself may be what it starts from.
+    enhanced("quantize", outer, outer, *usual, "--overwrite")
+
+
+def test_a_users_own_folder_is_not_taken_for_parts(made, tmp_path):
+    small, dense, usual = made
+    (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "mine.partial" / "notes.txt").write_text("precious")
+    for done in (enhance("quantize", small, tmp_path / "mine", *usual),
+                 in_process(air, "--ckpt", dense, "--out", tmp_path / "mine", "--text", "none", *usual)):
+        assert done.returncode == 2 and "notes.txt, which no run wrote" in done.stderr and done.stderr.count("\n") == 1
+    assert (tmp_path / "mine.partial" / "notes.txt").read_text() == "precious"
+    # What a run leaves that is killed within its first part is.
+    for name in ("model-block-000.safetensors.partial", "manifest.json.partial"):
+        (tmp_path / "mine.partial" / "notes.txt").unlink(missing_ok=True)
+        (tmp_path / "mine.partial" / name).write_text("torn")
+    enhanced("quantize", small, tmp_path / "mine", *usual)
+    assert not (tmp_path / "mine.partial").exists()
+
+
+def test_every_dense_model_that_is_named_is_held_against_the_result(made, tmp_path):
+    small, dense, usual = made
+    shutil.copytree(dense, tmp_path / "touched")
+    config = json.loads((dense / "config.json").read_text()) | {"transformers_version": "5"}
+    (tmp_path / "touched" / "config.json").write_text(json.dumps(config))
+    for name in FILES:
+        for given, said in ((tmp_path / "none", "does not exist"), (small, "is compressed itself"),
+                            (tmp_path / "touched", "its weights or its config.json are others")):
+            done = enhance(name, small, tmp_path / "o", *usual, "--dense", given)
+            assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    done = enhance("refine", small, tmp_path / "o", *usual, "--seed", 10**22)
+    assert done.returncode == 2 and "--seed is" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_a_run_writes_on_the_way_is_asked_of_the_disk(made, tmp_path, monkeypatch):
+    """Training states are larger than the result, codes smaller."""
+    small, _, usual = made
+    needs = {}
+    init = Writer.__init__
+
+    def watched(self, out, need, *more, **named):
+        needs[out] = need - 2**22
+        init(self, out, need, *more, **named)
+    monkeypatch.setattr(Writer, "__init__", watched)
+    saved = {}
+    save = TensorFolder.save
+
+    def noted(self, name, tensors, *more):
+        save(self, name, tensors, *more)
+        saved[name] = sum(w.nbytes for w in tensors.values())
+    monkeypatch.setattr(TensorFolder, "save", noted)
+    for name, more in (("retrain", ("--epochs", 1)), ("lora", ("--epochs", 1)),
+                       ("quantize", ("--bits", 3, "--group", 16))):
+        saved.clear()
+        enhanced(name, small, tmp_path / name, *usual, *more)
+        size = sum(w.nbytes for w in load_file(tmp_path / name / "model.safetensors").values())
+        # The states of all stages, and the one that takes another's place.
+        states = [there for part, there in saved.items() if part.startswith("training")]
+        wanted = sum(states) + max(states, default=0)
+        # But for the number of steps beside every parameter.
+        assert 0.99 * (size + wanted) <= needs[str(tmp_path / name)] <= size + 1.3 * wanted + 200
 
 
 @pytest.mark.parametrize("name,more", (("refine", ("--epochs", 2)), ("retrain", ("--epochs", 2)), ("quantize", ()),
@@ -236,7 +323,7 @@ def test_a_batch_in_parts_is_one_step_of_adamw_written_out(made, monkeypatch):
     (by_hand(x, angles) - y).square().mean().backward()
     torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
     optimizer.step()
-    how = Recipe(1, 1e-3, 0.01, 8, "squared", angles, FP32, FP32)
+    how = Recipe(1, 1e-3, 0.01, 8, "squared", angles, FP32, dict.fromkeys(block.state_dict(), FP32))
     found = refine_block(block, Pairs(x, y), Pairs(x, y), how, 0)
     assert found["epoch"] == 1 and found["after"] < found["before"]
     for (name, a), b in zip(block.named_parameters(), by_hand.parameters()):
@@ -253,6 +340,22 @@ def test_what_would_be_worse_is_not_kept_and_no_epoch_changes_no_bit(made, tmp_p
         assert again.raw["air"]["enhanced"][0]["by"] == "refine"
     files = [(tmp_path / "r0" / "model.safetensors").read_bytes(), (small / "model.safetensors").read_bytes()]
     assert files[0] == files[1]
+
+
+def test_each_parameter_keeps_its_own_dtype(made, tmp_path):
+    """Norms in fp32 beside matrices in bf16: none is rounded to another's."""
+    _, dense, usual = made
+    shutil.copytree(dense, tmp_path / "mixed")
+    path = tmp_path / "mixed" / "model.safetensors"
+    state = {name: w.float() * 1.001 if "norm" in name else w for name, w in load_file(path).items()}
+    save_file(state, path)
+    result_of(tmp_path / "mixed", tmp_path / "small", usual)
+    before = load_file(tmp_path / "small" / "model.safetensors")
+    for name in ("refine", "retrain", "lora"):
+        enhanced(name, tmp_path / "small", tmp_path / name, *usual, "--epochs", "0")
+        after = load_file(tmp_path / name / "model.safetensors")
+        assert {key: w.dtype for key, w in after.items()} == {key: w.dtype for key, w in before.items()}
+        assert all(torch.equal(w, after[key]) for key, w in before.items() if "norm" in key)
 
 
 def test_refinement_lowers_the_error_of_the_last_block_and_goes_on_after_a_kill(made, tmp_path):
@@ -323,7 +426,7 @@ def test_the_best_by_held_out_loss_is_kept_and_patience_ends_it():
     def gradient(step):
         (w - target).square().sum().backward()
 
-    course = Course({"w": w}, {"lr": 0.5, "every": 1, "patience": 2}, FP32)
+    course = Course({"w": w}, {"lr": 0.5, "every": 1, "patience": 2}, {"w": FP32})
     seen = []
     for step, loss in learn(course, 10, gradient, lambda: next(losses), lambda step: 1.0):
         seen.append((step, loss, w.item()))
@@ -406,7 +509,7 @@ def test_an_adapter_starts_as_nothing_and_merged_it_is_the_same_function():
     y = adapter(x)
     by_hand = x @ (W + 6 / 3 * adapter.B @ adapter.A).T + linear.bias
     assert torch.allclose(y, by_hand, atol=1e-5)
-    assert torch.allclose(adapter.merged()(x), y, atol=1e-5)
+    assert torch.allclose(adapter.merged(FP32)(x), y, atol=1e-5)
     adapter.train()
     assert not torch.equal(adapter(x), y)               # dropout
 
@@ -416,10 +519,13 @@ def test_merged_logits_are_the_adapters_and_the_base_stays_bit_for_bit(made, win
     model = Checkpoint(small).model(CPU, FP32)
     before = copy.deepcopy(model.state_dict())
     options = {"rank": 4, "alpha": 8, "dropout": 0.1, "lr": 1e-2, "batch": 2, "epochs": 2, "every": 1}
-    task = task_of(Checkpoint(small), windows, **options)
-    stages, merged = [], lora_file.merge
+    ckpt = Checkpoint(small)
+    # As if it were stored in fp32: what rounding does is another test's.
+    ckpt.tensors = {key: stored._replace(dtype=FP32) for key, stored in ckpt.tensors.items()}
+    task = task_of(ckpt, windows, **options)
+    stages, merged = {}, lora_file.merge
 
-    def watched(model, which):
+    def watched(model, which, ckpt):
         """Before an adapter is merged: its logits, and what it is put on."""
         adapters = {name: layer for name, layer in model.named_modules() if isinstance(layer, Adapter)}
         assert {name.rpartition(".")[2] for name in adapters} == {which} and len(adapters) == 14
@@ -428,11 +534,12 @@ def test_merged_logits_are_the_adapters_and_the_base_stays_bit_for_bit(made, win
             assert w.requires_grad == name.endswith((".A", ".B"))
         others = {name.replace(".linear", ""): w for name, w in model.state_dict().items()
                   if name[-2:] not in (".A", ".B")}
-        done = stages[0][2] if stages else before
+        done = stages["U"] if which == "V" else before
         assert all(torch.equal(w, done[name]) for name, w in others.items())
-        merged(model, which)
+        adapters = merged(model, which, ckpt)
         assert torch.allclose(model(windows), logits, atol=1e-5)
-        stages.append((which, logits, copy.deepcopy(model.state_dict())))
+        stages[which] = copy.deepcopy(model.state_dict())
+        return adapters
     lora_file.merge = watched
     try:
         torch.manual_seed(0)
@@ -442,10 +549,33 @@ def test_merged_logits_are_the_adapters_and_the_base_stays_bit_for_bit(made, win
         losses = list(lora_file.lora(task, model))
     finally:
         lora_file.merge = merged
-    assert [which for which, *_ in stages] == ["U", "V"]
+    assert list(stages) == ["U", "V"]
     after = model.state_dict()
     changed = {name.split(".")[-2] for name in after if not torch.equal(after[name], before[name])}
     assert changed == {"U", "V"} and losses[-1][2] <= losses[0][2]
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("name", ("retrain", "lora"))
+def test_the_loss_that_is_kept_is_that_of_the_stored_file(tmp_path, name, dtype):
+    """Factors learn from the numbers on disk, whatever products are computed in, and are judged as they are stored."""
+    write_checkpoint(tmp_path / "tiny", dtype=torch.float16)
+    np.save(tmp_path / "ids.npy", np.random.RandomState(0).randint(0, 64, size=4000))
+    usual = ("--calib", tmp_path / "ids.npy", "--samples", "16", "--seqlen", "16")
+    start = result_of(tmp_path / "tiny", tmp_path / "small", usual)
+    more = (*usual, "--batch", "4", "--every", "1", "--lr", "3e-3", "--dtype", dtype)
+    for epochs in (0, 2):
+        said = enhance(name, tmp_path / "small", tmp_path / str(epochs), *more, "--epochs", epochs).stderr
+        after = Checkpoint(tmp_path / str(epochs))
+        windows = air.calibration_windows(str(tmp_path / "ids.npy"), start, 16, 16)
+        loss = Loss(after.model(CPU, getattr(torch, dtype)), CPU, getattr(torch, dtype)).mean(windows[-2:])
+        stated = [float(each) for each in re.findall(r"held-out loss (\S+)", said)]
+        assert abs(min(stated) - loss) < 1e-4
+        if not epochs:              # nothing was learnt: the same products
+            for layer in start.cfg.ranks:
+                one, other = (ckpt.tensor(f"{layer}.U.weight").float() @ ckpt.tensor(f"{layer}.V.weight").float()
+                              for ckpt in (start, after))
+                assert torch.allclose(one, other, rtol=0, atol=1e-6)
 
 
 def test_prompts_and_padding_carry_no_loss_and_the_end_is_learnt():
@@ -455,11 +585,11 @@ def test_prompts_and_padding_carry_no_loss_and_the_end_is_learnt():
         def encode(self, text):
             return [ord(c) % 50 + 10 for c in text]
     row = {"instruction": "ab", "input": "", "output": "xyz"}
-    ids = tokens_of(row, Words())
+    ids = tokens_of(row, Words(), 256)
     prompt = len(prompt_of(row)) + 1
     assert len(ids) == 256 and all(i < 0 for i in ids[:prompt]) and -1 - ids[0] == 1
     assert ids[prompt:prompt + 4] == [*Words().encode("xyz"), 2] and all(i == -1 for i in ids[prompt + 4:])
-    long = tokens_of(row | {"output": "x" * 500}, Words())
+    long = tokens_of(row | {"output": "x" * 500}, Words(), 256)
     assert len(long) == 256 and long[-1] == ord("x") % 50 + 10
 
 
@@ -486,6 +616,34 @@ def test_instructions_are_read_and_what_is_none_is_refused(made, tmp_path):
             instruction_rows(path)
     if (SHARED / "data" / "alpaca" / "alpaca_2000.json").exists():
         assert len(instruction_rows(SHARED / "data" / "alpaca" / "alpaca_2000.json")) == 2000
+
+
+def test_rows_without_room_for_an_answer_are_left_out_and_counted(made, tmp_path, monkeypatch, capsys):
+    """What carries no loss would be a held-out loss of 0 that nothing is below."""
+    class Letters:
+        bos, eos = [1], {2}
+
+        def __init__(self, ckpt=None):
+            pass
+
+        def encode(self, text):
+            return [ord(c) % 50 + 10 for c in text]
+    small, _, usual = made
+    monkeypatch.setattr(lora_file, "Tokenizer", Letters)
+    ckpt = Checkpoint(small)
+    room = len(prompt_of({"instruction": "a"})) + 20
+    rows = [{"instruction": "a" * n, "output": "b"} for n in (1, 400, 2, 400, 3)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    ids = lora_file.instructions(str(tmp_path / "rows.json"), ckpt, room)
+    assert ids.shape == (3, room) and (ids[:, 1:] >= 0).any(1).all()
+    assert "2 of 5 rows" in capsys.readouterr().err
+    # Within the context, where no length is given; a run with too few is refused in one more sentence.
+    for context, wanted in ((40, 40), (5000, 256)):
+        ckpt.cfg = replace(ckpt.cfg, context=context)
+        assert lora_file.instructions(str(tmp_path / "rows.json"), ckpt, None).shape[1] == wanted
+    capsys.readouterr()
+    done = enhance("lora", small, tmp_path / "o", "--calib", tmp_path / "rows.json", "--seqlen", 16)
+    assert done.returncode == 2 and "0 instructions of" in done.stderr and "5 of 5 rows" in done.stderr
 
 
 # -------------------------------------------------------------------------------- quantization
@@ -621,6 +779,47 @@ def test_a_packed_result_is_read_everywhere_and_as_small_as_the_formula(made, tm
     whole = ckpt.model(CPU, FP32)(windows)[:, :-1].log_softmax(-1).gather(-1, windows[:, 1:, None]).mean()
     assert np.isclose(evaluate(ckpt, windows, CPU, FP32)["nll"], -whole.item(), rtol=1e-5)
     assert "auto_map" not in ckpt.raw and not (tmp_path / "q" / "modeling_air.py").exists()
+
+
+@pytest.mark.parametrize("changes", ({"architectures": ["Qwen2ForCausalLM"], "attention_bias": True},
+                                     {"attention_bias": True, "mlp_bias": True}))
+def test_biases_stay_as_they_are_and_a_killed_run_finds_them(tmp_path, changes):
+    write_checkpoint(tmp_path / "tiny", **changes)
+    np.save(tmp_path / "ids.npy", np.random.RandomState(0).randint(0, 64, size=4000))
+    usual = ("--calib", tmp_path / "ids.npy", "--samples", "16", "--seqlen", "16")
+    before = result_of(tmp_path / "tiny", tmp_path / "small", usual)
+    biases = [name for name in before.names if name.endswith(".bias")]
+    assert len(biases) >= 6
+    for name in FILES:
+        more = () if name == "quantize" else ("--epochs", "1")
+        after = enhanced(name, tmp_path / "small", tmp_path / name, *usual, *more)
+        if name != "refine":                # which trains them
+            assert all(torch.equal(after.tensor(bias), before.tensor(bias)) for bias in biases)
+    code = ("import sys; sys.argv = sys.argv[1:]; sys.path.insert(0, %r)\n"
+            "import os, support.checkpoint as files\nfrom enhance import quantize as file\n"
+            "save = files.TensorFolder.save\n"
+            "def once(self, *a):\n    save(self, *a)\n    os._exit(9)\n"
+            "files.TensorFolder.save = once\nfile.main()") % str(ROOT)
+    killed = subprocess.run([sys.executable, "-c", code, "quantize.py", "--ckpt", tmp_path / "small", "--out",
+                             tmp_path / "parts", "--text", "none", *map(str, usual)], capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
+    enhanced("quantize", tmp_path / "small", tmp_path / "parts", *usual)
+    whole, parts = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("quantize", "parts"))
+    assert whole == parts
+
+
+def test_what_is_left_dense_is_said_and_a_group_beyond_the_columns_takes_no_more(made, tmp_path):
+    _, dense, usual = made
+    done = in_process(air, "--ckpt", dense, "--rate", "0.5", "--out", tmp_path / "one", "--text", "none", *usual,
+                      "--layers", "0:1")
+    assert done.returncode == 0, done.stderr
+    done = enhance("quantize", tmp_path / "one", tmp_path / "q", *usual)
+    assert done.returncode == 0 and "block 1: dense, left as it is" in done.stderr
+    assert widen(torch.ones(3, 1), 10**6, 8).shape == (3, 8)
+    seen = []
+    ones = SimpleNamespace(repeat_interleave=lambda times, dim: seen.append(times) or torch.ones(3, times))
+    widen(ones, 10**6, 8)
+    assert seen == [8]
 
 
 def test_a_packed_result_that_was_damaged_is_refused(made, tmp_path):
