@@ -27,6 +27,7 @@ FORMS = {
     "SVD-LLM(W)": ({"method": "svdllm"}, "blue", "o"),
     "AIR, δ = 2": ({"method": "air", "delta": 2.0}, "red", "D"),
     "AIR, δ = 0.5": ({"method": "air", "delta": 0.5}, "orange", "d"),
+    "AIR by Fisher, δ = 2": ({"method": "air", "delta": 2.0, "signal": "fisher"}, "magenta", "h"),
     "GFWSVD": ({"method": "gfwsvd"}, "grey", "s"),
     "two-sided": ({"method": "kfac"}, "sky", "^"),
     "two-sided, AIR's sweep, δ = 0.5": ({"method": "kfac-air", "delta": 0.5}, "purple", "v"),
