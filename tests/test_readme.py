@@ -90,7 +90,8 @@ def gaps(stem, rates, a, b):
 def test_what_is_said_of_delta_is_the_committed_json():
     said = README.split("## Does it reproduce")[1].split("## ")[0]
     base = {"variant": "SVD-LLM(W)"}
-    real = [gaps("closed-smollm2", (0.8, 0.6, 0.4), {"variant": f"AIR, δ = {delta}"}, base) for delta in ("0.5", "2")]
+    real = [gaps("closed-smollm2", (0.8, 0.6, 0.4), {"variant": variant}, base)
+            for variant in ("AIR by Fisher, δ = 2", "AIR, δ = 2", "AIR, δ = 0.5")]
     ours, muon = ([gaps(f"fig3-{model}", (0.6, 0.4), {"delta": delta}, {"delta": 0.0}) for delta in (2.0, 0.5)]
                   for model in ("demo", "demo-muon"))
     told = re.findall(r"[−+]\d+\.\d ± \d+\.\d(?:, [−+]\d+\.\d ± \d+\.\d)*", said)
