@@ -143,6 +143,8 @@ def show(values):
 def percent(compared):
     """'-9.1 ± 0.8 %', with 'no difference' in brackets where that is the word."""
     mean, spread, word = compared
+    if math.isnan(mean):
+        return "not measured"
     known = "" if spread is None else f" ± {spread:.1f}"
     within = " (no difference)" if word == "no difference" else ""
     return f"{mean:+.1f}{known} %{within}"

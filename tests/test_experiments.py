@@ -48,6 +48,7 @@ def test_no_difference_is_a_paired_mean_within_its_spread():
     assert compare([103.0, 101.0, 102.0], [100.0])[2] == "higher"           # one value stands for every seed
     assert compare([5.0, 6.0], [5.0, 6.0])[2] == "no difference"
     assert compare([5.0], [4.0])[2] == "undecided" and compare([5.0, None], [4.0, 4.0])[2] == "undecided"
+    assert report.percent(compare([None], [4.0])) == "not measured"
 
 
 # -------------------------------------------------------------------------------- verdicts, told both ways
