@@ -31,8 +31,9 @@ from support import ranks as by_measurement
 from support.anchored import anchored_sweep
 from support.checkpoint import Checkpoint, Writer, part_of, result_bytes
 from support.progress import Progress, Stopwatch
-from support.script import (InputError, check_apart, check_writable, code_digest, parser,
-                            peak_memory, pick_blocks, pick_device, run, write_json)
+from support.script import (InputError, check_apart, check_spared, check_writable,
+                            code_digest, parser, peak_memory, pick_blocks, pick_device, run,
+                            write_json)
 from support.texts import digest, own_windows, with_defaults
 
 # Where both sides are as wide, support/fast.py computes the same with less work; math.inf
@@ -719,8 +720,8 @@ def prepare(args):
     text = args.text or calib
     held_out = evaluation(text, ckpt, windows.shape[1], args)
     out = args.out or f"out/{ckpt.name}-{options.method}-{args.rate:g}"
-    check_apart(out, stats=args.stats, spill=args.spill, json=args.json, ckpt=args.ckpt,
-                calib=calib, text=text)
+    check_apart(out, stats=args.stats, spill=args.spill, json=args.json)
+    check_spared(out, ckpt=args.ckpt, calib=calib, text=text)
     device = large.start_processes(device)
     world = large.processes()[1]
     if METHODS[args.method].reads == "streams" and (args.stats or args.spill or world > 1):

@@ -17,7 +17,7 @@ from support.config import MODELING, compressed_config, dense_config
 from support.large import machine_rates
 from support.packed import PARTS, unpacked
 from support.progress import Progress, Stopwatch, told
-from support.script import (InputError, check_apart, check_seed, check_writable,
+from support.script import (InputError, check_apart, check_seed, check_spared, check_writable,
                             code_digest, free_bytes, parser, peak_memory, pick_device, write_json)
 from support.texts import digest, with_defaults
 
@@ -176,9 +176,10 @@ def prepare(name, args, options, instructions=None, folder="enhance"):
     evaluation = None
     if text != "none":
         evaluation = evaluation_windows(text, ckpt, length, args.windows)
+    check_apart(args.out, json=args.json)
     given = vars(args)
-    check_apart(args.out, **{key: given.get(key) for key in
-                             ("json", "ckpt", "dense", "teacher", "calib", "text")})
+    check_spared(args.out, **{key: given.get(key) for key in
+                              ("ckpt", "dense", "teacher", "calib", "text")})
     if given.get("dense"):
         dense_of(ckpt, args.dense)              # where it is not read it is checked all the same
     return Task(name, ckpt, options, calib, windows[:-n], windows[-n:], text, evaluation,

@@ -194,14 +194,20 @@ def check_seed(seed):
 
 
 def check_apart(out, **others):
-    """Raise InputError for a path inside the output folder, which is replaced whole; the
-    folder itself may be the --ckpt it is made of."""
+    """Raise InputError for a path inside the output folder, which is replaced whole."""
     out = Path(out).resolve()
     for name, path in others.items():
-        inside = path and out in (Path(path).resolve(), *Path(path).resolve().parents)
-        if inside and not (name == "ckpt" and Path(path).resolve() == out):
+        if path and out in (Path(path).resolve(), *Path(path).resolve().parents):
             raise InputError(f"--{name} {path} lies inside --out {out}, which is "
                              f"replaced as a whole; give another --{name}")
+
+
+def check_spared(out, **read):
+    """The same for what a run reads, where --out is a checkpoint; that may be the --ckpt."""
+    if (Path(out) / "config.json").is_file():
+        there = {name: path for name, path in read.items() if path and Path(path).exists()}
+        check_apart(out, **{name: path for name, path in there.items()
+                            if not Path(path).samefile(out)})
 
 
 def peak_memory():
