@@ -2,11 +2,10 @@
 
     python enhance/quantize.py --ckpt out/demo-air-0.6 --bits 4 --out out/demo-air-0.6-4bit
 
-Block by block in the compressed model's stream: the inputs of the V factors are collected
-and V quantized, then those of the U factors *through the quantized V*, and U quantized, so
-that U answers for what V lost (Table 6). Two roundings: to the nearest code (RTN), and
-GPTQ's (Frantar et al., 2023), which moves each column's error to the columns that follow.
-eval_ppl.py, generate.py, export.py and the rest of enhance/ read the result.
+Block by block in the compressed model's stream: V is quantized by its inputs, then U by its
+own, which come *through the quantized V*, so that U answers for what V lost (Table 6). Two
+roundings: to the nearest code (RTN), and GPTQ's (Frantar et al., 2023), which moves each
+column's error to those that follow. All of this project's commands read the result.
 
 Shapes: m out, n in; a factor (rows, columns), of which `group` columns share a grid.
 """
@@ -134,8 +133,7 @@ def quantize_block(block, h, angles, options, dtype):
         # The inputs of U come through the V that was just quantized.
         grams = input_grams(block, layers, h, angles)
         for name, layer in layers.items():
-            made, Q, *errors[name] = quantize_factor(
-                layer.weight, grams[name], options, dtype)
+            made, Q, *errors[name] = quantize_factor(layer.weight, grams[name], options, dtype)
             layer.weight.copy_(Q.to(dtype))
             tensors |= packed_tensors(f"{name}.weight", *made, options["bits"])
     return tensors, errors
@@ -189,15 +187,13 @@ def line(errors):
 def main():
     p = arguments(__doc__)
     p.add_argument("--bits", type=int, choices=WIDTHS, default=4, help="(default 4)")
-    p.add_argument("--group", type=int, default=0, help="columns that share a grid; 0: all of "
-                   "a row (default)")
-    p.add_argument("--rounding", choices=("gptq", "rtn"), default="gptq",
-                   help="(default gptq)")
+    p.add_argument("--group", type=int, default=0, help="columns a grid (default 0: all)")
+    p.add_argument("--rounding", choices=("gptq", "rtn"), default="gptq", help="(default gptq)")
     args = p.parse_args()
     grid = {"bits": args.bits, "group": args.group}
     task = prepare("quantize", args, grid | {"rounding": args.rounding})
-    write_blocks(task, args, plan(task), lambda finished: quantize(task, finished), line,
-                 {"quantized": grid})
+    made = {"quantized": grid}
+    write_blocks(task, args, plan(task), lambda done: quantize(task, done), line, made)
 
 
 if __name__ == "__main__":

@@ -184,6 +184,12 @@ def test_the_six_scripts_are_mostly_method_and_narrated():
     assert sum(found["comments, own + trailing, %"]) >= 10
 
 
+@pytest.mark.parametrize("folder,most", (("enhance", 200), ("peers", 220)))
+def test_what_is_stacked_and_what_is_compared_are_read_at_one_sitting(folder, most):
+    lines = {path.name: len(path.read_text("utf-8").splitlines()) for path in (ROOT / folder).glob("*.py")}
+    assert len(lines) >= 3 and max(lines.values()) <= most, lines
+
+
 def test_als_sweep_fits_in_its_25_lines():
     text, tree = read(ROOT / "air.py")
     sweep = next(f for f in functions(tree) if f.name == "als_sweep")
