@@ -1,4 +1,4 @@
-"""AIR, Activation- and Influence-Aware Ranks: every linear layer becomes two factors.
+"""Stage 3: AIR, Activation- and Influence-Aware Ranks: every linear layer becomes two factors.
 
     python air.py                                           # the demo, about a minute
     python air.py --ckpt llama7b.safetensors --rate 0.6     # rate: the fraction kept
@@ -69,7 +69,7 @@ def profile(gram, ridge=0.0):
 
     Takes ΣXXᵀ (n, n); returns (S (n, n) fp64, shift), shift being the share of its own
     diagonal that was added to it: `ridge`, or what it took to make the matrix
-    numerically positive definite, which more tokens than inputs usually are. Raises
+    numerically positive definite, as it usually is with more tokens than inputs. Raises
     RuntimeError for a matrix that is not finite.
     """
     if not 0 <= ridge < math.inf:
@@ -109,7 +109,7 @@ def normalise(I, scale="mean"):
 
 
 def bend(I):
-    """Released code differs: up to ten rounds, until mean 1 and maximum 100 (to 2 %)."""
+    """Released code differs, by this: up to ten rounds, until mean 1 and maximum 100."""
     for _ in range(10):
         # To 0 … 1, then to unit mean.
         I = I - I.min()
@@ -187,7 +187,7 @@ def native_factors(U, sigma, Vh, S=None):
 class Losses(NamedTuple):
     """What a weight's approximation costs on the calibration windows, ridge included."""
 
-    act: float | None    # L_act (Eq. 3) of SVD-LLM(W)'s start; of another method's result
+    act: float | None       # L_act (Eq. 3): of AIR's start, SVD-LLM(W); else of the result
     before: float | None    # L_act,infl (Eq. 4) of the start; None for methods without it
     after: float | None         # L_act,infl of the result
     zero: float | None        # the zero matrix's loss, for relative errors; None: unknown
@@ -255,8 +255,8 @@ def kfac(W, S, L, k):
     """Not in the paper: the optimum of tr(B D ΣXXᵀ Dᵀ) = ‖Lᵀ D S‖², the error in two
     metrics.
 
-    L (m, m) lower triangular, B = L Lᵀ of the loss gradients at W's output: to second
-    order D = W − UV then costs the loss this much. Names in the literature: KFAC-SVD,
+    L (m, m) lower triangular, L Lᵀ = B = Σ g gᵀ, g the loss gradient at W's output: to
+    second order D = W − UV costs the loss this much. Names in the literature: KFAC-SVD,
     IO-SVD, OBD-LLM. With L = 1 it is SVD-LLM(W). Also returns σ (k,), fp32.
     """
     Wp = (L.T @ W.to(L.dtype) @ S.to(L.dtype)).to(W.dtype)
@@ -461,7 +461,8 @@ def option(default, choices=None, help=None):
 
 @dataclass
 class Options:
-    """How weights become factors. Each field is an argument, its default the paper's."""
+    """How weights become factors. Each field is an argument, its default the paper's; but
+    `ridge`, whose 0 is."""
 
     method: str = option("air", METHODS)
     signal: str = option("lrp", SIGNALS, "what fills the influence matrix (default lrp, "
@@ -490,7 +491,7 @@ class Options:
         return signal if signal in SIGNALS and SIGNALS[signal].target else None
 
     def orders(self, layer):
-        """Of the sweeps over a Layer. Not in the paper: none where `kinds` leaves it out."""
+        """Those of the sweeps over a Layer. Not in the paper: none where `kinds` leaves it out."""
         swept = {"all", layer.name.rpartition(".")[2]} & set(self.kinds.split(","))
         return (self.order,) * self.sweeps if swept else ()
 

@@ -29,7 +29,7 @@ from support.script import InputError, free_bytes, parser, pick_device, run
 from support.texts import read_prompts, typed
 from support.tokenizer import Chat, Continuation, Tokenizer
 
-CHUNK = 512    # columns × rows of one piece of a prompt: none is multiplied with later keys in vain
+CHUNK = 512     # tokens of a prompt that are read at once: a piece meets no later keys
 
 
 # ------------------------------------------------------------ sampling
@@ -119,7 +119,7 @@ class Sampler:
 
 # ------------------------------------------------------------ the cache
 def key_heads(cfg, l):
-    """Of the cache in block l; none where its attention is left out."""
+    """How many the cache of block l has; none where its attention is left out."""
     return 0 if f"model.layers.{l}.self_attn" in cfg.removed else cfg.n_kv_heads
 
 
@@ -188,7 +188,7 @@ def cached_attention(q, k, v, mask):
 def low_rank_attention(q, k, v, U, bias, mask):
     """Attention of one query over values of rank r.
 
-    q (B, G, H/G, D), k (B, G, S, D), v (B, 1, S, r), U (G, r, D) -> (B, G, H/G, D).
+    q (B, G, H/G, D), k (B, G, S, D), v (B, 1, S, r), U (G, r, D).
     Eq. 28: Σ_t a_t W_v x_t = U_k (Σ_t a_t V_kᵀx_t): the r numbers a token are summed,
     and U_k is applied once a head. A bias (G·D,) of the values comes after it: the a_t
     sum to 1. Returns (B, G, H/G, D).
@@ -446,10 +446,9 @@ class Decoder:
     def mask(self, columns, every):
         """0 where a query in `columns` (T,) sees one of `every` (span,) column, else -inf.
 
-        (1, 1, H/G·T, span), or (B, 1, H/G·T, span) where rows begin apart.
-
         It sees those up to its own, from its row's start on. Padding sees itself, so
-        that its own numbers stay finite.
+        that its own numbers stay finite. Returns (1, 1, H/G·T, span), or
+        (B, 1, H/G·T, span) where rows begin apart.
         """
         own = columns[:, None]
         seen = every <= own                                             # (T, span)

@@ -74,8 +74,8 @@ def uniform_mul(a, b):
 def uniform_attention(q, k, v):
     """Uniform rule for both products of attention, the softmax's plain gradient between.
 
-    Half the gradient of the product q·kᵀ is half those of q and k, so the fused kernel
-    stays in use; the softmax's plain gradient is AttnLRP's Taylor rule.
+    To halve the gradient of q·kᵀ is to halve those of q and k, so the fused kernel stays
+    in use. The softmax's plain gradient is AttnLRP's Taylor rule.
     """
     return uniform(attention(uniform(q), uniform(k), v))
 
@@ -101,10 +101,10 @@ class Signal(NamedTuple):
 
     target: what is differentiated. "last": the last token's top logit; "every": the sum
     of every token's; "loss": the mean cross-entropy; None: nothing, no backward sweep
-    is needed. ops: a block's operations on the way back. influence: of W and g =
-    ∂target/∂W of one window, the absolute value per window; without a target, of W and
-    ΣXXᵀ. metric: of one window's gradients at a layer's output (T, m) and of W (m, n)
-    {name: matrix}, summed over windows; None: nothing.
+    is needed. ops: a block's operations on the way back. influence: takes W and g =
+    ∂target/∂W of one window, returns its magnitudes (m, n); without a target it takes W
+    and ΣXXᵀ. metric: takes one window's gradients at a layer's output (T, m) and of W
+    (m, n), returns {name: matrix}; None: nothing. Both are summed over windows.
     """
 
     target: str | None

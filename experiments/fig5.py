@@ -68,7 +68,7 @@ def saves_data(result):
         n, fewest = cross
         saved = 100 * (1 - n / most)
         measured = (f"AIR reaches SVD-LLM(W)'s perplexity at {most} windows with "
-                    f"{'at most' if fewest else 'about'} {n:.0f}, {saved:.0f} % less.")
+                    f"{'at most' if fewest else 'about'} {n:.0f} windows, {saved:.0f} % fewer.")
     return verdict(
         "AIR matches SVD-LLM(W)'s quality at the most windows with about 90 % less "
         "calibration data (here: from 80 %).",

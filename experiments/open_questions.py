@@ -191,19 +191,19 @@ def verdicts(result):
     space = pair(result, "profiled", "wxg")
     return [
         verdict(
-            "1. The order of Cholesky's columns is immaterial.",
+            "(Not in the paper.) 1. The order of Cholesky's columns is immaterial.",
             every(sum(orders.values(), []), "no difference"),
             f"against the inputs' own order, {'; '.join(said)}."),
         verdict(
-            "2. A symmetric square root for S serves the sweep better.",
+            "(Not in the paper.) 2. A symmetric square root for S serves the sweep better.",
             every(root, "lower"),
             f"against Cholesky, {listed(RATES, root)}."),
         verdict(
-            "3. Influence measured in the profiled space serves better.",
+            "(Not in the paper.) 3. Influence measured in the profiled space serves better.",
             every(space, "lower"),
             f"against native W×Grad, {listed(RATES, space)}."),
         verdict(
-            "4. The scaling max100 makes no difference.",
+            "(Not in the paper.) 4. The scaling max100 makes no difference.",
             every(scale, "no difference"),
             f"against unit mean, {listed(RATES, scale)}."),
     ]

@@ -119,9 +119,8 @@ def below_on(result, which):
         every(gaps, "lower"),
         f"AIR against SVD-LLM(W), {listed(RATES, gaps)}.",
         "influence is measured around the dense model, and a low rate is far from it; a "
-        "small model may also have little to gain at a mild one. To tell: the same "
-        "table for an earlier checkpoint of the same training, and with influence "
-        "measured on the compressed model.")
+        "small model may also have little to gain at a mild one. To tell: training.py, "
+        "and influence measured on the compressed model.")
 
 
 def widens(result):

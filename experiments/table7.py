@@ -68,10 +68,8 @@ def integration_dominates(result):
         "perplexity (here: to 1 %).",
         known and all(abs(mean) <= 1 for mean, *_ in signals),
         f"against LRP, W×Grad {listed(rates, wxg)}, and Fisher {listed(rates, fisher)}.",
-        "Fisher squares the gradient, so few weights carry nearly all of its influence "
-        "and the rest are left with the all-ones anchor; W×Grad and LRP are of first "
-        "order. To tell: √Fisher, of the gradient's own scale (compare the row "
-        "'gradient').")
+        "Fisher, like the row 'gradient', does not know how large a weight is; W×Grad and "
+        "LRP are W ⊙ g. To tell: |W| times √Fisher.")
 
 
 def falls_behind(result, signal, name):
