@@ -539,14 +539,19 @@ def solve(layer, options):
     return U, V, losses[0] if losses else activation_loss(layer, U, V)
 
 
+def check_finite(l, stats):
+    """Raise RuntimeError for statistics of block l that are not finite."""
+    if not all(torch.isfinite(x).all() for x in stats.values()):
+        raise RuntimeError(f"the statistics of block {l} are not finite: activations or "
+                           "gradients overflowed; use bfloat16 or float32")
+
+
 def compress_block(ckpt, l, stats, ranks, options, device):
     """Yield the seven layers of block l, decomposed, as Solved.
 
     Raises RuntimeError for statistics that are not finite.
     """
-    if not all(torch.isfinite(x).all() for x in stats.values()):
-        raise RuntimeError(f"the statistics of block {l} are not finite: activations "
-                           "overflowed; use bfloat16 or float32")
+    check_finite(l, stats)
     start = time.time()
     for layer in layers_of(ckpt, l, stats, ranks, device, options.ridge):
         U, V, losses = solve(layer, options)
@@ -589,6 +594,26 @@ def pick_ranks(ckpt, blocks, rate):
     return ranks
 
 
+def wholes_of(ckpt, sweep, blocks, device, ridge):
+    """{layer: support.ranks.Whole} of `kfac`, as many components as rate 1 pays for.
+
+    Raises RuntimeError for statistics that are not finite.
+    """
+    wholes = {}
+    caps = pick_ranks(ckpt, blocks, 1.0)
+    for l, stats in sweep:
+        check_finite(l, stats)
+        for layer in layers_of(ckpt, l, stats, caps, device, ridge):
+            L = layer.L
+            U, V, sigma = kfac(layer.W, layer.S, L, layer.k)
+            total = (L.T @ layer.W.to(L.dtype) @ layer.S).square().sum().item()
+            wholes[layer.name] = by_measurement.Whole(
+                U.to(ckpt.dtype).cpu(), V.to(ckpt.dtype).cpu(),
+                sigma.double().square().cpu(), total)
+        del stats                                  # before the next block's are collected
+    return wholes
+
+
 # ------------------------------------------------------------ the command
 @dataclass
 class Job:
@@ -610,6 +635,7 @@ class Job:
     out: str                    # folder of the result
     stats: str | None           # folder of kept statistics
     spill: str | None           # folder of block inputs
+    measured: bool = False      # are `ranks` those of --ranks auto by now?
 
     @property
     def cut(self):
@@ -629,7 +655,13 @@ class Job:
 
     def measures(self, left):
         """Are ranks still to be measured, with the blocks `left` to be decomposed?"""
-        return self.options.ranks == "auto" and bool(left)
+        return self.options.ranks == "auto" and bool(left) and not self.measured
+
+    def use(self, ranks):
+        """Measured {layer: k}, also of a run that was killed; None: there are none."""
+        if ranks:
+            self.ranks = ranks
+            self.measured = True
 
     def facts(self):
         """What a result depends on: a run that goes on must have the same."""
@@ -693,6 +725,9 @@ def check_options(args):
     if unknown:
         raise InputError(f"--kinds has '{min(unknown)}'; expected all, or some of "
                          f"{','.join(name.split('.')[1] for name in LAYERS)}")
+    if args.method == "kfac-air" and args.signal != Options.signal:
+        raise InputError(f"--signal is {args.signal}; expected none with --method kfac-air, "
+                         "which collects W×Grad's influence with B")
     if args.ridge is not None and not 0 <= args.ridge <= LARGEST_RIDGE:
         raise InputError(f"--ridge is {args.ridge}; expected 0 to {LARGEST_RIDGE}, a share "
                          "of ΣXXᵀ's own diagonal, or none for the default")
@@ -749,12 +784,13 @@ def make_plan(job, need):
     if job.options.ranks == "auto":
         # One sweep and one solve more, and the factors at rate 1, which are held.
         first = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, "kfac")
-        plan.add(first)
+        plan.add(first, same=signal == "kfac")
         # Steps of the search: there and back through the model over a few windows.
         sweep = first.seconds["forward sweep"] + first.seconds["backward sweep"]
         plan.seconds["search"] = by_measurement.USUAL * sweep * len(job.held) / len(job.windows)
         plan.solving += sum(m * n for m, n, _ in job.cut.values()) * job.ckpt.dtype.itemsize
-    spill = job.spill if signal else None                   # other methods keep no inputs
+    # Only a way back needs the inputs again.
+    spill = job.spill if signal or job.options.ranks == "auto" else None
     plan.place((f"{job.out}.partial", need), spill, job.stats)
     plan.check()
     return plan
@@ -783,22 +819,6 @@ def own_sweep(job, blocks):
     return sweep_of(job, blocks, job.options.backward)
 
 
-def wholes_of(ckpt, sweep, blocks, device, ridge):
-    """{layer: support.ranks.Whole} of `kfac`, as many components as rate 1 pays for."""
-    wholes = {}
-    caps = pick_ranks(ckpt, blocks, 1.0)
-    for l, stats in sweep:
-        for layer in layers_of(ckpt, l, stats, caps, device, ridge):
-            L = layer.L
-            U, V, sigma = kfac(layer.W, layer.S, L, layer.k)
-            total = (L.T @ layer.W.to(L.dtype) @ layer.S).square().sum().item()
-            wholes[layer.name] = by_measurement.Whole(
-                U.to(ckpt.dtype).cpu(), V.to(ckpt.dtype).cpu(),
-                sigma.double().square().cpu(), total)
-        del stats                                  # before the next block's are collected
-    return wholes
-
-
 def first_sweep(job, left):
     """What is to be read first: for --ranks auto `kfac`'s statistics, of all blocks."""
     if job.measures(left):
@@ -806,12 +826,24 @@ def first_sweep(job, left):
     return own_sweep(job, left)
 
 
-def measure_ranks(job, sweep, left):
-    """--ranks auto: set the job's ranks by `kfac`'s sweep; returns the method's own."""
+def to_do(job, writer):
+    """(blocks that are left, ranks that a killed run had measured or None)."""
+    left = [l for l in job.blocks if part_of(l) not in writer.done]
+    return left, writer.folder.note
+
+
+def measure_ranks(job, sweep, left, writer):
+    """--ranks auto: set the job's ranks by `kfac`'s sweep; returns the method's own.
+
+    The writer of the first process remembers them: a run that goes on must not search
+    again, for rounding alone leads to others.
+    """
     wholes = wholes_of(job.ckpt, sweep, job.blocks, job.device, job.options.ridge)
     found = by_measurement.find_ranks(
         job.ckpt, wholes, job.ranks, job.held, job.device, job.dtype)
-    job.ranks = large.from_first(found)                     # the same in every process
+    job.use(large.from_first(found))                        # the same in every process
+    if writer:
+        writer.folder.remember(job.ranks)
     return own_sweep(job, left)
 
 
@@ -851,8 +883,8 @@ def main():
 
     # Block by block: collect its statistics, replace its weights by factors, write them.
     with writer:
-        done = writer.done if first else {}
-        left = large.from_first([l for l in job.blocks if part_of(l) not in done])
+        left, ranks = large.from_first(to_do(job, writer) if first else None)
+        job.use(ranks)
         sweep = first_sweep(job, left)
         progress.say(report.header(job, args.seed))
         progress.say(plan.line())
@@ -862,7 +894,7 @@ def main():
                          f"blocks are finished in {job.out}.partial")
         watch.lap("prepare")
         if job.measures(left):
-            sweep = measure_ranks(job, sweep, left)
+            sweep = measure_ranks(job, sweep, left, writer if first else None)
             watch.lap("ranks")
         progress.begin(len(left) * len(LAYERS), plan.pace)
         for l, stats in large.divide(sweep):

@@ -65,7 +65,7 @@ def cells(result, name, rate):
     # What was measured at the first seeds alone is compared there; SVD sees no text.
     n = min(len(found), len(base))
     gap = compare(found, base) if name == "SVD" else compare(found[:n], base[:n])
-    return [show(found), percent(gap) if gap[0] < 1000 else "far above"]
+    return [show(found), "far above" if gap[0] >= 1000 else percent(gap)]
 
 
 def markdown(result):

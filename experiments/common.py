@@ -127,7 +127,7 @@ def options_of(setting):
 
 def reads_nothing(options):
     """Does the method see no calibration text, as plain SVD?"""
-    return METHODS[options.method].reads == "nothing"
+    return METHODS[options.method].reads == "nothing" and options.ranks == "uniform"
 
 
 def source_of(options):
@@ -245,8 +245,8 @@ class Lab:
             raise InputError(f"{self.setup.ckpt} is already compressed; "
                              "point --ckpt at the dense checkpoint")
         numbers = re.fullmatch(r"\d+(,\d+)*", self.setup.seeds)
-        each = self.setup.seeds.split(",")
-        if not numbers or len(each) > len(set(each)) or self.setup.windows < 0:
+        each = [int(seed) for seed in self.setup.seeds.split(",")] if numbers else []
+        if not each or len(each) > len(set(each)) or self.setup.windows < 0:
             raise InputError(f"--seeds is {self.setup.seeds} and --windows "
                              f"{self.setup.windows}; expected different numbers such as "
                              "3,4,5, and 0 or more")
@@ -316,7 +316,7 @@ class Lab:
     def sweep(self, options, windows):
         """What a method reads; one without a backward signal shares lrp's statistics."""
         every = range(self.ckpt.cfg.n_layers)
-        if reads_nothing(options):
+        if METHODS[options.method].reads == "nothing":
             return ((l, {}) for l in every)
         if METHODS[options.method].reads == "streams":
             return anchored_sweep(self.ckpt, windows, self.device, self.dtype, every)
@@ -427,7 +427,7 @@ class Lab:
     def compute(self, job, texts, js, sweep):
         """A job's cell, with figures of `texts` added to those it had."""
         small, losses = self.compressed(job, sweep)
-        falls = [each.after / each.before for each in losses]
+        falls = [each.after / each.before for each in losses if each.before]
         descent = mean_spread(falls)[0] if falls else None
         cell = self.cells.get(job.key) or {"ppl": {}, "js": {}, "descent": descent}
         for which in texts:

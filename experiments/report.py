@@ -28,7 +28,8 @@ def mean_spread(values):
     mean = sum(values) / len(values)
     if len(values) == 1:
         return mean, None
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    # Not ** 2, which raises an error where a product is infinite.
+    return mean, math.sqrt(sum((v - mean) * (v - mean) for v in values) / (len(values) - 1))
 
 
 def compare(a, b):
@@ -46,7 +47,7 @@ def compare(a, b):
         b = list(b) * seeds
     changes = []
     for x, y in zip(a, b, strict=True):
-        changes.append(math.nan if None in (x, y) else 100 * (x / y - 1))
+        changes.append(100 * (x / y - 1) if x is not None and y else math.nan)
     mean, spread = mean_spread(changes)
     if spread is None or math.isnan(mean):
         return mean, spread, "undecided"

@@ -141,7 +141,8 @@ def chain(lab, setting, steps, seed):
     def compute():
         small = after(lab, setting, steps, seed)
         return evaluate(small, lab.evaluation("text"), lab.device, lab.dtype)["ppl"]
-    facts = {"job": lab.job(setting, seed).key, "steps": done, "seed": seed}
+    facts = {"job": lab.job(setting, seed).key, "steps": done, "seed": seed,
+             "text": digest(lab.evaluation("text"))}
     named = " + ".join([setting["form"], *(name for name, _ in steps)])
     what = f"{named}, {setting['rate']:g}, seed {seed}"
     return lab.cell(facts, compute, *files, what=what)

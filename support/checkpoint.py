@@ -422,6 +422,7 @@ class TensorFolder:
         self.manifest = self.path / "manifest.json"
         self.facts = json.loads(json.dumps(facts))
         self.files = {}                         # {name: {"sha256": …, "note": …}}
+        self.note = None                        # of the whole (JSON)
         self.hold = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -450,6 +451,7 @@ class TensorFolder:
             found = read_json(self.manifest)
             self.check_facts(found)
             self.files = found["files"]
+            self.note = found.get("note")
 
     def check_facts(self, found):
         """Raise InputError for a manifest that is another's or names other facts."""
@@ -479,6 +481,11 @@ class TensorFolder:
         self.files[name] = {"sha256": sha256(self.path / name), "note": note}
         self.write_manifest()
 
+    def remember(self, note):
+        """A note (JSON) of the whole, for the run that goes on."""
+        self.note = note
+        self.write_manifest()
+
     def forget(self, names):
         """Strike the files `names` off the manifest, then delete them."""
         left = [name for name in self.files if name not in names]
@@ -488,7 +495,7 @@ class TensorFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def write_manifest(self):
-        content = {"facts": self.facts, "files": self.files}
+        content = {"facts": self.facts, "files": self.files, "note": self.note}
         write_whole(self.manifest, json.dumps(content, indent=1))
 
     def load(self, name, device="cpu"):

@@ -21,7 +21,9 @@ from support.checkpoint import TensorFolder
 from support.script import InputError, check_space, code_digest, free_bytes
 from support.texts import digest
 
-SWEEPS = ("model.py", "calibrate.py", "influence.py")       # what computes statistics
+# What computes statistics.
+SWEEPS = ("model.py", "calibrate.py", "influence.py", "support/config.py",
+          "support/checkpoint.py")
 
 
 # ------------------------------------------------------------ several processes
@@ -397,15 +399,29 @@ def costs(cfg, cut, windows, itemsize, signal):
     return stages, held_bytes(cfg, cut, tokens, itemsize, signal)
 
 
+def metric_numbers(cfg, signal):
+    """Numbers in the matrices (fp64) that a signal's metric makes of a block's layers."""
+    if not signal or not SIGNALS[signal].metric:
+        return 0
+    q = cfg.n_heads * cfg.head_dim
+    kv = cfg.n_kv_heads * cfg.head_dim
+    attention = [(q, cfg.dim), (kv, cfg.dim), (kv, cfg.dim), (cfg.dim, q)]
+    mlp = [(cfg.hidden, cfg.dim), (cfg.hidden, cfg.dim), (cfg.dim, cfg.hidden)]
+    made = 0
+    with torch.device("meta"):
+        for m, n in attention + mlp:
+            matrices = SIGNALS[signal].metric(torch.empty(1, m), torch.empty(m, n))
+            made += sum(x.numel() for x in matrices.values())
+    return made
+
+
 def held_bytes(cfg, cut, tokens, itemsize, signal):
     """{what: bytes held} of `costs`, in the sweeps over `tokens` and in the solve."""
     weights, widths = block_sizes(cfg)
     squares = sum(n * n for n in widths)
+    gram = squares
     influence = 4 * weights if signal else 0                # fp32
-    if signal and SIGNALS[signal].metric:                   # B (m, m) of every layer, fp64
-        q = cfg.n_heads * cfg.head_dim
-        kv = cfg.n_kv_heads * cfg.head_dim
-        squares += q**2 + 2 * kv**2 + 2 * cfg.dim**2 + 2 * cfg.hidden**2
+    squares += metric_numbers(cfg, signal)
     # At its peak a block holds its statistics and either the sweep's weights (and
     # gradients) and one more ΣXXᵀ, or the solve's three n×n matrices, fp64.
     largest = 8 * max(widths)**2
@@ -414,6 +430,7 @@ def held_bytes(cfg, cut, tokens, itemsize, signal):
     return {
         "one input": one_input,
         "inputs": one_input * (cfg.n_layers + 1 if signal else 1),
+        "gram": len(cut) // 7 * 8 * gram,
         "statistics": len(cut) // 7 * (influence + 8 * squares),
         "block": influence + 8 * squares + max(swept, 3 * largest),
     }
@@ -446,11 +463,16 @@ class Plan:
         if statistics:
             self.disk["statistics"] = statistics, self.held["statistics"]
 
-    def add(self, other):
-        """A run that comes before: its time, and its memory where that is more."""
+    def add(self, other, same):
+        """A sweep and solve that come before: their time, and their memory where that is
+        more. Are their statistics the `same`? Otherwise both lie on disk, with one ΣXXᵀ.
+        """
+        kept = self.held["statistics"] + other.held["statistics"] - self.held["gram"]
         for stage, seconds in other.seconds.items():
             self.seconds[stage] += seconds
         self.held |= {what: max(size, other.held[what]) for what, size in self.held.items()}
+        if not same:
+            self.held["statistics"] = kept
         self.inputs = max(self.inputs, other.inputs)
         self.solving = max(self.solving, other.solving)
 

@@ -127,8 +127,8 @@ def spend(wholes, scales, ranks, step):
 
 def scales_of(wholes, ranks, found):
     """{layer: measured over predicted cost of its dropped part}, of any common scale."""
-    ratios = {layer: found[layer] / whole.dropped(ranks[layer])
-              for layer, whole in wholes.items()}
+    ratios = {layer: found[layer] / whole.dropped(ranks[layer]) if whole.total else 0.0
+              for layer, whole in wholes.items()}           # of a weight of zeros: none
     least = LEAST * sum(max(0.0, ratio) for ratio in ratios.values()) / len(ratios)
     return {layer: max(ratio, least, 1e-30) for layer, ratio in ratios.items()}
 

@@ -52,7 +52,10 @@ def finish(job, writer, seed):
         for key, values in (writer.done[part_of(l)] or {}).items():
             report[key] |= values
     N, T = job.windows.shape
+    signal, delta = job.options.weights()               # None: the method reads none
     section = asdict(job.options) | {
+        "signal": signal,
+        "delta": delta,
         "rate": job.rate,
         "ridge": {str(n): share for n, share in job.ridges.items()},
         "allocation": job.options.ranks,

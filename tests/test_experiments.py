@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, distance, script, write_checkpoint
+from safetensors.torch import save_file
 
 import air
 from air import Options, als_sweep, normalise, pick_ranks, profile
@@ -48,7 +49,16 @@ def test_no_difference_is_a_paired_mean_within_its_spread():
     assert compare([103.0, 101.0, 102.0], [100.0])[2] == "higher"           # one value stands for every seed
     assert compare([5.0, 6.0], [5.0, 6.0])[2] == "no difference"
     assert compare([5.0], [4.0])[2] == "undecided" and compare([5.0, None], [4.0, 4.0])[2] == "undecided"
-    assert report.percent(compare([None], [4.0])) == "not measured"
+    assert report.percent(compare([None], [4.0])) == report.percent(compare([1.0], [0.0])) == "not measured"
+
+
+def test_figures_of_ruined_models_are_told():
+    assert mean_spread([1e200, 2e200, 3e200]) == (2e200, math.inf)
+    closed = importlib.import_module("experiments.closed")
+    figures = {"SVD-LLM(W)": [10.0], "AIR, δ = 2": [None], "SVD": [1e6]}
+    result = {"rows": [{"variant": name, "rate": 0.6, "ppl": {"text": ppl}} for name, ppl in figures.items()]}
+    assert closed.cells(result, "AIR, δ = 2", 0.6) == ["–", "not measured"]
+    assert closed.cells(result, "SVD", 0.6) == ["1,000,000", "far above"]
 
 
 # -------------------------------------------------------------------------------- verdicts, told both ways
@@ -272,6 +282,9 @@ def test_a_cell_of_an_edited_rule_is_computed_again_one_of_an_edited_comment_is_
     assert measured_after("eval_ppl.py", "- math.log(2)", "- math.log(3)")[:2] == (["air", "reversed"], 12)
     assert measured_after("experiments/open_questions.py", "len(S) - 1, -1, -1", "len(S) - 1, -1, -2")[:2] == (
         ["reversed"], 13)
+    # What ranks are measured by; how config.json is read.
+    assert measured_after("air.py", "sigma.double().square()", "sigma.double()")[:2] == (["air", "reversed"], 16)
+    assert measured_after("support/config.py", "norm_eps=", "norm_eps=2 * ")[:2] == (["air", "reversed"], 19)
 
 
 @pytest.mark.parametrize("name", ("fig1", "fig2", "open_questions"))
@@ -508,6 +521,36 @@ def test_a_row_depends_on_what_was_asked_not_on_what_ran_before(lab):
 def test_one_seed_twice_is_no_spread(lab):
     with pytest.raises(InputError, match="different numbers"):
         lab(seeds="3,3")
+    with pytest.raises(InputError, match="different numbers"):
+        lab(seeds="3,03")
+
+
+def test_what_is_stacked_is_evaluated_on_the_windows_that_are_asked_for(lab):
+    """Not on those of an earlier run in the same folder."""
+    stack = importlib.import_module("experiments.stack")
+    settings = [{"method": "svdllm", "rate": 0.6, "form": "SVD-LLM(W)"}]
+    for windows in (2, 5):
+        here = lab(seeds="3", windows=windows)
+        row, = stack.measure(here, settings, {"alone": []})
+        small, _ = here.compressed(here.job(settings[0], 3))
+        assert row["ppl"]["text"] == [evaluate(small, here.evaluation("text"), here.device, here.dtype)["ppl"]]
+
+
+def test_a_method_that_reads_no_text_reads_some_for_measured_ranks(lab):
+    rows = lab(seeds="3").measure([{"method": "svd", "rate": 0.5, "ranks": ranks} for ranks in ("uniform", "auto")])
+    uniform, measured = (row["ppl"]["text"] for row in rows)
+    assert len(uniform) == len(measured) == 1 and all(map(math.isfinite, uniform + measured))
+
+
+def test_a_weight_of_zeros_is_measured(tmp_path, lab):
+    """Identity-initialised blocks have them; nothing is there to be approximated."""
+    ckpt = Checkpoint(str(tmp_path / "tiny"))
+    state = {name: ckpt.tensor(name).clone() for name in ckpt.names}
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        state[f"model.layers.1.{name}.weight"].zero_()
+    save_file(state, tmp_path / "tiny" / "model.safetensors")
+    rows = lab(seeds="3").measure([{"method": "air", "rate": 0.5}, {"method": "kfac", "rate": 0.5, "ranks": "auto"}])
+    assert 0 < rows[0]["descent"][0] < 1 and all(math.isfinite(row["ppl"]["text"][0]) for row in rows)
 
 
 def test_cells_of_another_version_or_device_are_others(lab, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import script, write_checkpoint
+from conftest import in_process, script, write_checkpoint
+from safetensors.torch import load_file, save_file
 
 import air as A
 from model import LAYERS
@@ -178,6 +180,88 @@ def test_the_plan_counts_the_search(tmp_path, windows, monkeypatch):
     sweep = once["forward sweep"] + once["backward sweep"]
     assert minutes["auto"]["solve"] == 2 * once["solve"] and sweep > 0
     assert minutes["auto"]["search"] == pytest.approx(8 * sweep * min(8, len(windows)) / len(windows))
+
+
+def refused(tmp_path, windows, *arguments):
+    np.save(tmp_path / "w.npy", windows.numpy())
+    write_checkpoint(tmp_path / "m")
+    done = in_process("air", "--ckpt", tmp_path / "m", "--calib", tmp_path / "w.npy", "--text", "none", "--rate", 0.5,
+                      "--out", tmp_path / "out", *arguments)
+    return done.returncode, done.stderr
+
+
+def test_a_signal_that_the_method_does_not_read_is_refused(tmp_path, windows):
+    """kfac-air takes W×Grad of the sweep that collects B; the same factors under another name would mislead."""
+    code, said = refused(tmp_path, windows, "--method", "kfac-air", "--signal", "fisher")
+    assert code == 2 and "--signal is fisher; expected none with --method kfac-air" in said
+    assert refused(tmp_path, windows, "--method", "kfac-air")[0] == 0
+    found = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))["air"]
+    assert (found["signal"], found["delta"]) == ("kfac", 2.0)
+    assert refused(tmp_path, windows, "--method", "svdllm", "--overwrite")[0] == 0
+    found = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))["air"]
+    assert (found["signal"], found["delta"]) == (None, None)
+
+
+def test_gradients_that_overflow_are_not_blamed_on_the_inputs(tmp_path, windows):
+    write_checkpoint(tmp_path / "m")
+    state = load_file(tmp_path / "m" / "model.safetensors")
+    state["lm_head.weight"] *= 1e22
+    save_file(state, tmp_path / "big.safetensors")
+    shutil.copy(tmp_path / "m" / "config.json", tmp_path / "config.json")
+    for ranks in ("uniform", "auto"):
+        code, said = refused(tmp_path, windows, "--ckpt", tmp_path / "big.safetensors", "--method", "kfac",
+                             "--ranks", ranks)
+        assert code == 1 and "gradients overflowed" in said, said
+
+
+def job_of(monkeypatch, tmp_path, windows, *arguments):
+    """The prepared air.Job of a command line."""
+    if not (tmp_path / "m").exists():
+        write_checkpoint(tmp_path / "m")
+    np.save(tmp_path / "w.npy", windows.numpy())
+    argv = ["air.py", "--ckpt", tmp_path / "m", "--calib", tmp_path / "w.npy", "--rate", 0.5, "--text", "none",
+            "--out", tmp_path / "out", "--overwrite", *arguments]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    return A.prepare(A.parse_arguments())
+
+
+@pytest.mark.parametrize("method", ["svdllm", "air", "kfac", "fwsvd", "gfwsvd"])
+@pytest.mark.parametrize("ranks", ["uniform", "auto"])
+def test_the_plans_statistics_are_those_that_are_kept(tmp_path, windows, monkeypatch, method, ranks):
+    """On disk, where the search's lie beside the method's own; and in memory, where a block's are all at once."""
+    job = job_of(monkeypatch, tmp_path, windows, "--method", method, "--ranks", ranks, "--stats", tmp_path / "s",
+                 "--spill", tmp_path / "p")
+    plan = A.make_plan(job, 0)
+    assert ("inputs" in plan.disk) == (method != "svdllm" or ranks == "auto")
+    monkeypatch.setattr(large, "machine_rates", lambda device, dtype: (1e9, 1e9, 1e9))
+    A.main()
+    kept = [x for path in (tmp_path / "s").glob("block*") for x in load_file(path).values()]
+    kept = sum(x.nbytes for x in kept if x.ndim == 2)                       # vectors and counts are not planned for
+    assert kept == pytest.approx(plan.disk["statistics"][1])
+    if ranks == "uniform" and method != "svdllm":
+        _, stats = next(iter(A.statistics(job.ckpt, job.windows, CPU, torch.float32, range(2), job.options.backward)))
+        held = sum(x.nbytes for x in stats.values() if x.ndim == 2)
+        assert held == pytest.approx(plan.held["statistics"] / 2)
+
+
+def test_a_killed_run_goes_on_with_the_ranks_that_it_had_measured(tmp_path, windows, monkeypatch):
+    """Another search may end elsewhere by rounding alone; its ranks beside the first one's would miss the rate."""
+    job_of(monkeypatch, tmp_path, windows, "--method", "kfac", "--ranks", "auto", "--stats", tmp_path / "s")
+    A.main()
+    whole = (tmp_path / "out" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "out")
+    add = A.Writer.add
+
+    def killed(self, part, tensors, note=None):
+        add(self, part, tensors, note)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(A.Writer, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        A.main()
+    monkeypatch.setattr(A.Writer, "add", add)
+    monkeypatch.setattr(R, "find_ranks", lambda *arguments: pytest.fail("searched again"))
+    A.main()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole
 
 
 def test_a_quiet_run_prints_its_results_only(tmp_path, windows):
