@@ -3,6 +3,7 @@
 import ast
 
 import pytest
+from mutants import MUTANTS
 from style import ROOT, SCRIPTS, code_lines, comments, figures, functions, length, nodes, parameters
 
 FILES = [ROOT / name for name in SCRIPTS] + [
@@ -201,6 +202,14 @@ def test_als_sweep_fits_in_its_25_lines():
         tag in told
         for tag in ("line 3", "line 4", "line 5", "Eq. 15", "line 6", "Eq. 5", "line 7", "Eq. 6", "Eq. 27", "line 8")
     )
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant[0])
+def test_planted_mistakes_fit_the_code(mutant):
+    """tests/mutants.py replaces text that stands once; whether tests notice takes minutes, and is its own run."""
+    _, file, right, wrong, tests = mutant
+    assert (ROOT / file).read_text("utf-8").count(right) == 1 and wrong != right
+    assert (ROOT / "tests" / f"{tests}.py").exists()
 
 
 def test_paths_of_one_machine_stay_out():
