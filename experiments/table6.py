@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments.common import Lab, setup_of
+from experiments.common import Lab, Setup, arguments
 from experiments.report import compare, every, find, listed, percent, show, table, verdict
 from experiments.stack import measure
 from experiments.table5 import FORMS
@@ -28,11 +28,13 @@ def stack_of(rounding, bits, group):
     return f"{rounding} {bits} {group}"
 
 
-STACKS = {"alone": []} | {
-    stack_of(rounding, bits, group): [
-        ("quantize", {"bits": bits, "group": group, "rounding": rounding})]
-    for rounding in ROUNDINGS for bits in WIDTHS for group in GROUPS
-}
+def stacks_of(groups):
+    """{name: steps} of every width with a grid for each of `groups`; 0: a row."""
+    return {"alone": []} | {
+        stack_of(rounding, bits, group): [
+            ("quantize", {"bits": bits, "group": group, "rounding": rounding})]
+        for rounding in ROUNDINGS for bits in WIDTHS for group in groups
+    }
 
 
 def ppl(result, form, stack):
@@ -49,7 +51,7 @@ def markdown(result):
     for form in FORMS:
         lines.append([form, "16", "", "", show(ppl(result, form, "alone")), *[""] * 5])
         for bits in WIDTHS:
-            for group in GROUPS:
+            for group in result["groups"]:
                 stacks = [stack_of(rounding, bits, group) for rounding in ROUNDINGS]
                 cells = [each for stack in stacks
                          for each in (show(ppl(result, form, stack)),
@@ -78,10 +80,16 @@ def verdicts(result):
 
 
 def main():
-    lab = Lab("table6", setup_of(__doc__))
+    p = arguments(__doc__)
+    p.add_argument("--groups", type=int, nargs="+", default=GROUPS, choices=GROUPS,
+                   help="columns that share a grid, 0: a row (default 0 32)")
+    args = vars(p.parse_args())
+    groups = sorted({0, *args.pop("groups")})           # what is claimed is of rows
+    lab = Lab("table6", Setup(**args))
     settings = [form | {"rate": RATE, "form": name} for name, form in FORMS.items()]
-    rows = measure(lab, settings, STACKS)
-    lab.finish(sys.modules[__name__], {"dense": lab.dense("text"), "rows": rows})
+    rows = measure(lab, settings, stacks_of(groups))
+    found = {"dense": lab.dense("text"), "groups": groups, "rows": rows}
+    lab.finish(sys.modules[__name__], found)
 
 
 if __name__ == "__main__":
