@@ -25,7 +25,7 @@ from model import rope, rotate, wide
 from support.checkpoint import Checkpoint
 from support.fast import (Graphs, Matrix, SharedInput, Weight, align, compiled, matmul,
                           of_any_rank, of_any_size)
-from support.script import InputError, free_bytes, parser, pick_device, run
+from support.script import InputError, TooLarge, free_bytes, parser, pick_device, run
 from support.texts import read_prompts, typed
 from support.tokenizer import Chat, Continuation, Tokenizer
 
@@ -470,7 +470,7 @@ class Decoder:
         on = self.on
         need = sum(estimate(self.cfg, shape, self.dtype, on.o1, on.o2, on.o3))
         if free is not None and need > free:
-            raise InputError(
+            raise TooLarge(
                 f"{B} x {self.width} tokens need about {need / 1e9:.2f} GB beside the "
                 f"weights, {free / 1e9:.2f} GB are free on {self.device}; generate fewer "
                 "tokens or fewer prompts at a time, or use --dtype bfloat16")

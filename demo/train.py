@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -26,8 +27,8 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import PLAIN, Llama, attention
 from support.config import parse_config
-from support.script import InputError, run
-from support.texts import stdlib_rows
+from support.script import InputError, run, write_whole
+from support.texts import digest, stdlib_rows
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -109,9 +110,13 @@ class Text:
 
 
 def read_text(out, device):
-    """Train the tokenizer, too."""
+    """Train the tokenizer, too, where a run that was killed has not."""
     train, test = (stdlib_rows(split) for split in ("train", "test"))
-    tokenizer = train_tokenizer(train, out)
+    trained = out / "tokenizer.model"
+    if (out / "train.pt").exists():
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(trained))
+    else:
+        tokenizer = train_tokenizer(train, out)
     bos = tokenizer.bos_id()
     eos = tokenizer.eos_id()
     ids = np.concatenate([[bos, *tokenizer.encode(row), eos] for row in train])
@@ -203,8 +208,9 @@ def save(model, out):
     out.mkdir(parents=True, exist_ok=True)
     state = {name: w.detach().to(torch.bfloat16).cpu().contiguous()
              for name, w in model.state_dict().items()}
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
+    save_file(state, out / "model.partial", metadata={"format": "pt"})
+    os.replace(out / "model.partial", out / "model.safetensors")
+    write_whole(out / "config.json", json.dumps(CONFIG, indent=1) + "\n")
 
 
 @dataclass
@@ -221,23 +227,28 @@ class Training:
     def best(self):
         return min((row["held_out_ppl"] for row in self.log), default=math.inf)
 
-    def save(self, path, args):
+    def save(self, path, args, text):
         state = {"model": self.model.state_dict(), "step": self.step, "log": self.log,
                  "optimizers": [each.state_dict() for each in self.optimizers],
                  "seconds": self.seconds, "random": torch.get_rng_state(),
-                 "arguments": vars(args)}
+                 "random on GPUs": torch.cuda.get_rng_state_all(),
+                 "arguments": vars(args), "text": digest(text.stream)}
         torch.save(state, f"{path}.partial")
         os.replace(f"{path}.partial", path)
 
-    def load(self, path, args):
+    def load(self, path, args, text):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["arguments"] != vars(args):
             raise InputError(f"{path} is of a run with other arguments, "
                              f"{state['arguments']}; expected the same, or another --out")
+        if state["text"] != digest(text.stream):
+            raise InputError(f"{path} is of a run on another text, as another Python's library "
+                             "is; expected the same Python, or another --out")
         self.model.load_state_dict(state["model"])
         for optimizer, kept in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(kept)
         torch.set_rng_state(state["random"])
+        torch.cuda.set_rng_state_all(state["random on GPUs"])
         self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
 
 
@@ -257,7 +268,7 @@ def write_log(out, args, text, training):
         "best_held_out_ppl": training.best,
         "log": training.log,
     }
-    (out / "train.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_whole(out / "train.json", json.dumps(facts, indent=1) + "\n")
 
 
 def parse_arguments():
@@ -280,12 +291,22 @@ def parse_arguments():
                    "(default: bfloat16 on a GPU, else float32)")
     p.add_argument("--compile", action="store_true",
                    help="compile the model (needs a C++ compiler on a CPU)")
-    return p.parse_args()
+    args = p.parse_args()
+    if args.batch < MICRO_BATCH or args.batch % MICRO_BATCH:
+        raise InputError(f"--batch is {args.batch}; expected {MICRO_BATCH}, or a multiple of it")
+    if not args.batch <= args.tokens < math.inf or args.every < 1:
+        raise InputError(f"--tokens is {args.tokens} and --every {args.every}; expected a "
+                         "--batch or more, and 1 or more")
+    if not re.fullmatch(r"([\d.]+(e\d+)?(,|$))*", args.keep):
+        raise InputError(f"--keep is {args.keep}; expected numbers of tokens such as 2e6,4e6")
+    return args
 
 
 def main():
     args = parse_arguments()
     out = Path(args.out)
+    if (out / "model.safetensors").exists() and not (out / "train.pt").exists():
+        raise InputError(f"{out} holds a model that no killed run left; name another --out")
     out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
@@ -297,7 +318,7 @@ def main():
     model = new_model(device)
     training = Training(model, optimizers_of(model, args))
     if (out / "train.pt").exists():
-        training.load(out / "train.pt", args)
+        training.load(out / "train.pt", args, text)
         print(f"going on after step {training.step}", flush=True)
     compiled = torch.compile(model, dynamic=False) if args.compile else model
     ops = regularised(device, args.dropout)
@@ -340,8 +361,8 @@ def main():
                 save(model, out / keep[training.step])
                 shutil.copy(out / "tokenizer.model", out / keep[training.step])
             write_log(out, args, text, training)
-        if training.step % EVERY == 0 or training.step == steps:
-            training.save(out / "train.pt", args)
+        if training.step % EVERY == 0 or training.step % args.every == 0 or training.step == steps:
+            training.save(out / "train.pt", args, text)
 
 
 if __name__ == "__main__":

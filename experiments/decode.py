@@ -26,8 +26,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.report import table
 from experiments.shapes import SHAPES, at_rate, random_model
-from experiments.table11 import machine, save
-from generate import Decoder, generate
+from experiments.table11 import machine, save, timed
+from generate import Decoder
 from support.config import parse_config
 from support.script import ROOT, InputError, check_writable, read_json, run
 
@@ -35,17 +35,22 @@ GGUF_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"
 
 
 # ------------------------------------------------------------ sides
-# A side is a function (prompts, n) -> n + 1 moments: the start, and each new token's.
+# A side is a function (prompts, n) -> (seconds of the prompt and the first token, [seconds of
+# each later one]).
 def ours(model, **switches):
-    """generate.py."""
+    """generate.py; but for the steps that capture a graph (CUDA), which a long text has few of."""
     decoder = Decoder(model, **switches)
 
     def side(prompts, n):
-        marks = [time.perf_counter()]
-        for _ in generate(decoder, prompts, n, temperature=0):
-            marks.append(time.perf_counter())
-        return marks
+        first, steps = timed(decoder, prompts, n)
+        return first, [seconds for seconds, captured in steps if not captured]
     return side
+
+
+def apart(moments):
+    """What a side returns, of the start's and each new token's moment."""
+    first, *later = [b - a for a, b in zip(moments, moments[1:])]
+    return first, later
 
 
 def transformers_model(config, model):
@@ -70,6 +75,8 @@ def transformers_side(config, model):
         marks = []
 
         def stop(ids, scores, **_):
+            if ids.is_cuda:
+                torch.cuda.synchronize()            # asked before the token is there
             marks.append(time.perf_counter())
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         ids = torch.tensor(prompts, device=theirs.device)
@@ -77,7 +84,7 @@ def transformers_side(config, model):
         with torch.no_grad():
             theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n,
                             do_sample=False, stopping_criteria=[stop])
-        return [start, *marks]
+        return apart([start, *marks])
     return side
 
 
@@ -93,7 +100,7 @@ def llama_cpp_side(config, model, folder):
         marks = [time.perf_counter()]
         for _, _ in zip(range(n), engine.generate(prompts[0], temp=0.0)):
             marks.append(time.perf_counter())
-        return marks
+        return apart(marks)
     return side
 
 
@@ -181,10 +188,10 @@ def in_turn(sides, prompts, n, rounds):
     log = {name: ([], []) for name in sides}
     for i in range(rounds + 1):
         for name, side in sides.items():
-            start, first, *later = side(prompts, n)
+            first, later = side(prompts, n)
             if i:
-                log[name][0].append(first - start)
-                log[name][1].append((later[-1] - first) / len(later) if later else math.nan)
+                log[name][0].append(first)
+                log[name][1].append(statistics.mean(later) if later else math.nan)
     return log
 
 

@@ -99,7 +99,9 @@ def picture(rows, batches, lengths, path):
     row = next(row for row in rows if row["what"] == "compressed")
     title = f"rate {row['rate']}, budget {row['budget_gb']:g} GB: {caption(rows)}"
     fig.suptitle(title, fontsize=9)
-    fig.savefig(path, dpi=110)
+    partial = path.with_name(path.name + ".partial")
+    fig.savefig(partial, dpi=110, format="png")
+    partial.replace(path)
 
 
 def main():

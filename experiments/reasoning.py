@@ -13,6 +13,8 @@ import math
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.choices import batches_of, groups_of, scores
 from experiments.common import Cells, Setup, machine_facts
@@ -20,8 +22,9 @@ from experiments.report import RESULTS, table
 from experiments.task_files import rows_of_task
 from experiments.tasks import TASKS
 from support.checkpoint import Checkpoint
+from support.enhance import check_finite
 from support.large import machine_rates
-from support.progress import Progress, duration, told
+from support.progress import Progress, duration, say, told
 from support.script import (InputError, check_writable, code_digest, free_bytes, parser,
                             pick_device, run, write_json)
 from support.tokenizer import Tokenizer
@@ -47,10 +50,14 @@ def right(row, scored):
 
 
 def mean_error(values):
-    """(mean, its standard error √(s²/n), s² the sample variance), in %."""
+    """(mean, its standard error √(s²/n), s² the sample variance), in %; of one value it is
+    not known, NaN.
+    """
     n = len(values)
     mean = sum(values) / n
-    spread = sum((value - mean) ** 2 for value in values) / max(1, n - 1)
+    if n == 1:
+        return 100 * mean, math.nan
+    spread = sum((value - mean) ** 2 for value in values) / (n - 1)
     return 100 * mean, 100 * math.sqrt(spread / n)
 
 
@@ -68,9 +75,9 @@ def differences(ours, others):
 
 
 # ------------------------------------------------------------ tables
-def cell(values):
-    mean, error = mean_error(values)
-    return f"{mean:.1f} ± {error:.1f}"
+def cell(mean, error, sign=""):
+    """'40.2 ± 1.3'; without an error that is not known."""
+    return f"{mean:{sign}.1f}" + ("" if math.isnan(error) else f" ± {error:.1f}")
 
 
 def hits(row, what):
@@ -85,12 +92,12 @@ def markdown(result, what="acc"):
     lines = []
     for row in result["rows"]:
         ours = hits(row, what)
-        mean, error = total_error(ours)
-        line = [row["checkpoint"], *map(cell, ours.values()), f"{mean:.1f} ± {error:.1f}"]
+        tasks = [cell(*mean_error(values)) for values in ours.values()]
+        line = [row["checkpoint"], *tasks, cell(*total_error(ours))]
         if row is not result["rows"][0]:
             gap, known = differences(ours, first)
-            told_apart = "" if abs(gap) > 2 * known else " (within 2 errors)"
-            line.append(f"{gap:+.1f} ± {known:.1f}{told_apart}")
+            within = " (within 2 errors)" if abs(gap) <= 2 * known else ""
+            line.append(cell(gap, known, "+") + within)
         lines.append(line + [""] * (len(first) + 3 - len(line)))
     return table([f"{what}, %", *first, "mean", "against the first"], lines)
 
@@ -159,6 +166,7 @@ def ask(ckpt, groups, cells, device, dtype):
     model = ckpt.model(device, dtype)
     for batch in told(f"{ckpt.name}: batches", todo):
         for group, found in zip(batch, scores(model, batch)):
+            check_finite(found, f"a score of {ckpt.name}")
             cells.keep(key_of(group), found)
 
 
@@ -168,15 +176,16 @@ def measure(path, rows, work, device, dtype):
     tokenizer = Tokenizer(ckpt)
     fingerprint = ckpt.fingerprint()
     code = code_digest("model.py", "experiments/choices.py")[:8]
-    cells = Cells(Path(work) / f"{ckpt.name}-{fingerprint[:12]}-{str(dtype)[6:]}-{code}.jsonl")
+    where = f"{str(dtype)[6:]}-{device.type}-torch-{torch.__version__}"
+    cells = Cells(Path(work) / f"{ckpt.name}-{fingerprint[:12]}-{where}-{code}.jsonl")
     asked = {task: [groups_of(row, tokenizer, ckpt.cfg.context) for row in each]
              for task, each in rows.items()}
     groups = [group for each in asked.values() for own, _ in each for group in own]
     groups = list(dict.fromkeys(groups))
     rate, _, _ = machine_rates(device, dtype)
     tokens = sum(group.size for group in groups if key_of(group) not in cells)
-    Progress.running.say(f"{path}: {sum(map(len, rows.values())):,} rows, {tokens:,} tokens to "
-                         f"go, about {duration(2 * ckpt.parameters() * tokens / rate)}")
+    say(f"{path}: {sum(map(len, rows.values())):,} rows, {tokens:,} tokens to go, about "
+        f"{duration(2 * ckpt.parameters() * tokens / rate)}")
     ask(ckpt, groups, cells, device, dtype)
     tasks = {}
     for task, each in asked.items():
@@ -206,8 +215,8 @@ def main():
               "splits": splits, "rows": found}
     write_json(out, result)
     print(markdown(result))
-    print()
-    print(markdown(result, "acc_norm"))
+    if hits(found[0], "acc_norm"):
+        print("\n" + markdown(result, "acc_norm"))
     print("\n" + splits_line(result))
     print("LLaMA-7B in the paper: " + "; ".join(map(": ".join, PAPER.items())))
 

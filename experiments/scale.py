@@ -40,7 +40,7 @@ from support.checkpoint import Checkpoint
 from support.config import parse_config
 from support.enhance import device_bytes, weights_of
 from support.large import costs, machine_rates
-from support.script import ROOT, check_space, read_json, write_json
+from support.script import ROOT, InputError, check_space, read_json, run, write_json
 
 
 # ------------------------------------------------------------ a whole run
@@ -333,6 +333,18 @@ def parse_arguments():
     return p.parse_args()
 
 
+def check_arguments(args):
+    """Raise InputError before a checkpoint of gigabytes is written."""
+    if not Path(args.folder).is_dir():
+        raise InputError(f"--folder is {args.folder}, which is no folder")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device is cuda; no CUDA GPU is available here")
+    if min(*(args.blocks or [1]), args.samples, args.seqlen - 1, args.rounds, 1) < 1:
+        raise InputError("--blocks, --samples and --rounds are to be 1 or more, --seqlen 2")
+    if not 0 < args.rate <= 1:
+        raise InputError(f"--rate is {args.rate}; expected above 0, at most 1")
+
+
 def runs(args):
     """A row for each of --blocks."""
     config = SHAPES[args.shape]
@@ -353,6 +365,7 @@ def row_line(shape, row):
 
 def main():
     args = parse_arguments()
+    check_arguments(args)
     path = ROOT / "experiments" / "results" / "scale.json"
     result = read_json(path) if path.exists() else {}
     device = args.device or default_device()
@@ -379,4 +392,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

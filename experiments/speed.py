@@ -5,6 +5,7 @@
 
 Medians are printed, raw numbers kept in experiments/results/speed.json.
 """
+import argparse
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from model import Llama
 from support import fast
 from support.checkpoint import Checkpoint
 from support.config import parse_config
-from support.script import ROOT, read_json, write_json
+from support.script import ROOT, InputError, read_json, run, write_json
 
 CPU = torch.device("cpu")
 
@@ -250,7 +251,14 @@ def main():
     machine = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(),
                "torch": torch.__version__, "threads": torch.get_num_threads(),
                "cores": os.cpu_count(), "machine": platform.machine()}
-    for name in sys.argv[1:] or parts:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)")
+    asked = p.parse_args().parts
+    unknown = [name for name in asked if name not in parts]
+    if unknown:
+        raise InputError(f"there is no part {unknown[0]}; expected some of {', '.join(parts)}")
+    for name in asked or parts:
         rows = parts[name]()
         result[name] = {"machine": machine, "result": rows}
         write_json(path, result)
@@ -260,4 +268,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

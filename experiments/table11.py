@@ -35,8 +35,8 @@ from generate import Decoder, estimate, generate
 from model import Llama
 from support.config import parse_config
 from support.fast import Matrix
-from support.script import (ROOT, InputError, free_bytes, pick_device, read_json, run,
-                            write_json)
+from support.script import (ROOT, InputError, TooLarge, check_writable, free_bytes,
+                            pick_device, read_json, run, write_json)
 
 SWITCHES = ("o1", "o2", "o3", "fuse", "graph")
 
@@ -112,7 +112,7 @@ def emptied(budget):
 def measure(spec):
     """A row: a dict of what to run -> a dict of what was measured.
 
-    {"oom": True} beyond the budget (CUDA).
+    {"oom": True} where it does not fit, by what is allocated or by the Decoder's estimate.
     """
     device = torch.device(spec["device"])
     budget = spec["budget_gb"] * 1e9
@@ -120,7 +120,7 @@ def measure(spec):
     held = emptied(budget) if gpu else status("RssAnon")
     try:
         decoder, (first, steps) = generated(spec, device)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, TooLarge):
         return {"oom": True}
     if gpu:
         peak = torch.cuda.max_memory_allocated() - held
@@ -171,6 +171,8 @@ def needs(spec):
     if prompt + new_tokens > cfg.context:
         raise InputError(f"{prompt} + {new_tokens} tokens are beyond the shape's context "
                          f"of {cfg.context}")
+    if spec["batch"] < 1:
+        raise InputError(f"a batch of {spec['batch']}; expected 1 or more")
     if new_tokens < 3:
         raise InputError(f"--new-tokens is {new_tokens}; expected 3 or more, "
                          "to have steps to time")
@@ -214,7 +216,10 @@ def run_row(spec):
 
 
 def run_rows(specs):
-    """run_row of all of them in turn, a line of progress each."""
+    """run_row of all of them in turn, a line of progress each. Raises InputError, before the
+    first, where one of them cannot be timed."""
+    for spec in specs:
+        needs(spec)
     rows = []
     for spec in specs:
         row = run_row(spec)
@@ -284,13 +289,19 @@ def setting(args):
 def one_batch(args, common):
     """The fields all rows share where --batch and --new-tokens are arguments."""
     batch, new_tokens = (64, 496) if common["device"] == "cuda" else (8, 112)
-    return common | {"batch": args.batch or batch, "eos": "off",
-                     "new_tokens": args.new_tokens or new_tokens}
+    asked = {"batch": args.batch, "new_tokens": args.new_tokens}
+    asked = {name: number for name, number in asked.items() if number is not None}
+    return common | {"batch": batch, "new_tokens": new_tokens, "eos": "off"} | asked
 
 
 def target(args, table, common):
     name = f"{table}-{common['shape']}-{common['device']}-{common['dtype']}.json"
-    return Path(args.out) if args.out else ROOT / "experiments" / "results" / name
+    path = Path(args.out) if args.out else ROOT / "experiments" / "results" / name
+    if path.suffix == ".png":
+        raise InputError(f"--out is {path}; expected the JSON's name, beside which the "
+                         "picture lies")
+    check_writable(path)
+    return path
 
 
 def save(path, rows, say=True):

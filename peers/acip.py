@@ -23,7 +23,7 @@ from model import LAYERS
 from support.checkpoint import TensorFolder
 from support.enhance import batch_at, own, prepare, take_training, training_tensors
 from support.peers import arguments, write_peer
-from support.progress import Progress
+from support.progress import say
 from support.script import InputError, check_apart, run
 
 SCALE = 2e-2            # of p: 1 in the relaxed mask; where p starts
@@ -91,7 +91,7 @@ def parts(layer, kept):
 # ------------------------------------------------------------ sizes and scores
 def share_left(bases, kept):
     """Of the size of Masked layers, where `kept`, a mask of all their values, is left."""
-    left = sum(base.size(int(kept[base.at.cpu()].sum())) for base in bases)
+    left = sum(base.size(int(kept.cpu()[base.at.cpu()].sum())) for base in bases)
     return left / sum(base.weight.numel() for base in bases)
 
 
@@ -169,15 +169,14 @@ def learn(task, model, training):
         model.eval()
         training.update()
         if training.step % task.options["every"] == 0 or training.done:
-            left = share_left(training.bases, training.p.cpu() > 0)
-            yield training.step, left, loss.mean(task.held)
+            yield training.step, share_left(training.bases, training.p > 0), loss.mean(task.held)
 
 
 # ------------------------------------------------------------ the command
 def blocks_of(task, model, training, rate):
     """Learn; yield (l, {name: tensor}) of every block, its layers cut, then of the rest."""
     for step, left, loss in learn(task, model, training):
-        Progress.running.say(f"step {step}: {100 * left:.1f} % left, held-out loss {loss:.4f}")
+        say(f"step {step}: {100 * left:.1f} % left, held-out loss {loss:.4f}")
     kept = cut(training.bases, training.scores(), rate)
     for l in range(task.ckpt.cfg.n_layers + 1):
         mine = {name: layer for name, layer in training.layers.items()
@@ -198,9 +197,9 @@ def main():
         p.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value,
                        help=f"(default {value:g})")
     args = p.parse_args()
-    if not 0 < args.stop <= args.rate <= 1:
+    if not 0 < args.stop <= args.rate < 1:
         raise InputError(f"--rate is {args.rate}, --stop {args.stop}; expected 0 < stop ≤ rate "
-                         "≤ 1: below --stop the scores say nothing, so train to less")
+                         "< 1: below --stop the scores say nothing, so train to less")
     task = prepare("acip", args, {name: getattr(args, name) for name in OPTIONS}, folder="peers")
     check_apart(args.out, map=args.map)
 
@@ -213,7 +212,8 @@ def main():
         yield from blocks_of(task, model, training, args.rate)
         folder.release()
     P = task.ckpt.parameters()
-    write_peer(task, args, (12 * P * task.windows.numel(), 0, 16 * P), blocks())
+    flops = 12 * P * args.batch * task.windows.shape[1] * (SCALE / args.lr + args.adapter_steps)
+    write_peer(task, args, (flops, 0, 16 * P), blocks(), section={"rate": args.rate})
 
 
 if __name__ == "__main__":

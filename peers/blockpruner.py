@@ -19,9 +19,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from calibrate import embed
 from model import rope, to_logits
-from support.enhance import prepare
+from support.enhance import check_finite, prepare
 from support.peers import arguments, write_peer
-from support.progress import Progress, told
+from support.progress import say, told
 from support.script import InputError, run
 
 HALVES = ("self_attn", "mlp")
@@ -103,6 +103,7 @@ def prune(ckpt, stream, budget):
         stream.update()
         candidates = [name for name in stream.halves if name not in stream.removed]
         losses = {name: stream.loss_without(name) for name in told("halves", candidates)}
+        check_finite(list(losses.values()), "the loss without a half")
         chosen = min(losses, key=losses.get)
         stream.removed.add(chosen)
         left -= size[chosen]
@@ -122,8 +123,8 @@ def main():
     p.add_argument("--rate", type=float, default=0.8,
                    help="share of the blocks' parameters that stays (default 0.8)")
     args = p.parse_args()
-    if not 0 < args.rate <= 1:
-        raise InputError(f"--rate is {args.rate}; expected above 0, at most 1")
+    if not 0 < args.rate < 1:
+        raise InputError(f"--rate is {args.rate}; expected above 0, below 1")
     task = prepare("blockpruner", args, {"rate": args.rate}, folder="peers")
     ckpt = task.ckpt
     windows = torch.cat((task.windows, task.held))
@@ -139,7 +140,7 @@ def main():
         stream = Stream(ckpt, windows, task.device, task.dtype)
         for half, loss in prune(ckpt, stream, budget):
             removed.append(half)
-            Progress.running.say(f"without {half}: perplexity {math.exp(loss):.3f}")
+            say(f"without {half}: perplexity {math.exp(loss):.3f}")
         yield from kept_blocks(ckpt, set(removed))
 
     removed = []

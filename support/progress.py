@@ -44,6 +44,12 @@ def told(name, steps):
         progress.leave(loop)
 
 
+def say(line):
+    """A line that stays, by the running Progress; nothing where none listens."""
+    if Progress.running:
+        Progress.running.say(line)
+
+
 class Loop:
     """A loop that goes on: how much of it is done, in how many seconds."""
 

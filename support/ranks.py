@@ -18,7 +18,7 @@ from eval_ppl import evaluate
 from influence import backward_sweep, start_gradient
 from model import LAYERS
 from support.checkpoint import Stored
-from support.progress import Progress
+from support.progress import say
 from support.texts import own_windows
 
 WINDOWS = 8                     # calibration windows the loss is measured on
@@ -131,12 +131,6 @@ def scales_of(wholes, ranks, found):
               for layer, whole in wholes.items()}           # of a weight of zeros: none
     least = LEAST * sum(max(0.0, ratio) for ratio in ratios.values()) / len(ratios)
     return {layer: max(ratio, least, 1e-30) for layer, ratio in ratios.items()}
-
-
-def say(line):
-    """Tell the run that listens; nothing when it is quiet."""
-    if Progress.running:
-        Progress.running.say(line)
 
 
 def find_ranks(ckpt, wholes, ranks, windows, device, dtype):

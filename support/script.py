@@ -41,6 +41,10 @@ class InputError(Exception):
     """
 
 
+class TooLarge(InputError):
+    """What would not fit in the memory that is free."""
+
+
 # ------------------------------------------------------------ arguments, device
 def parser(doc):
     """The argument parser that every script adds to; `doc` is the script's docstring."""

