@@ -542,8 +542,8 @@ def solve(layer, options):
 def check_finite(l, stats):
     """Raise RuntimeError for statistics of block l that are not finite."""
     if not all(torch.isfinite(x).all() for x in stats.values()):
-        raise RuntimeError(f"the statistics of block {l} are not finite: activations or "
-                           "gradients overflowed; use bfloat16 or float32")
+        raise RuntimeError(f"the statistics of block {l} are not finite: activations "
+                           "overflowed, or gradients; use bfloat16 or float32")
 
 
 def compress_block(ckpt, l, stats, ranks, options, device):

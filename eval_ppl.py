@@ -99,7 +99,8 @@ def evaluate(ckpt, windows, device, dtype, against=None):
     Streams block by block, so the model may be larger than memory. A token whose logits
     are not finite is counted in "nonfinite", and nll (nats a token) and ppl are then
     NaN: no token is dropped. js, bits a token, is the mean divergence to another
-    checkpoint, `against` = last_states(…) of the same windows; None without it.
+    checkpoint, `against` = last_states(…) of the same windows; None without it, NaN where
+    logits of either are not finite.
     """
     states = [last_states(ckpt, windows, device, dtype)] + ([against] if against else [])
     heads = [each.head(device, dtype) for _, each in states]
@@ -112,8 +113,8 @@ def evaluate(ckpt, windows, device, dtype, against=None):
         logits = []
         for (h, each), head in zip(states, heads):
             logits.append(to_logits(h[i:i + batch, :-1].to(device), head, each.cfg))
-            nonfinite += (~torch.isfinite(logits[-1]).all(-1)).sum().item()
         ours = logits[0].flatten(0, 1).float()
+        nonfinite += (~torch.isfinite(ours).all(-1)).sum().item()
         nll = nll + F.cross_entropy(ours, targets.flatten(), reduction="sum")
         if against:
             js = js + js_divergence(*logits).sum()
@@ -167,6 +168,13 @@ def open_both(args):
     return ckpt, against
 
 
+def check_ids(ours, others):
+    """Raise InputError where the other tokenizer gives other windows of token ids."""
+    if not torch.equal(ours, others):
+        raise InputError("--against has another tokenizer: it gives the text other token ids; "
+                         "expected checkpoints of one tokenizer")
+
+
 def main():
     args = parse_arguments()
     progress = Progress(args.quiet).listen()
@@ -179,6 +187,8 @@ def main():
         with_defaults(against, text, None, seqlen)
     windows, tokens, tokens_per_byte = evaluation_windows(
         text, ckpt, seqlen, args.windows)
+    if against:
+        check_ids(windows, evaluation_windows(text, against, seqlen, args.windows)[0])
 
     progress.say(f"{args.ckpt} on {device}, {str(dtype)[6:]} ({why})")
     dense = last_states(against, windows, device, dtype) if against else None
@@ -192,6 +202,9 @@ def main():
     if against:
         # Table 12 prints the same quantity as a negative percentage: -100 % is disjoint.
         js = result["js"]
+        if math.isnan(js):
+            print("the divergence is not a number: logits of one of both are not finite",
+                  file=sys.stderr)
         print(f"JS divergence {js:.4f} bits   (paper's sign: {-100 * js:.1f} %)")
     measured = {"tokens": tokens, "windows": len(windows), "seqlen": seqlen, "text": text,
                 "windows_in_text": tokens // seqlen}

@@ -364,8 +364,9 @@ class Decoder:
         self.width = T + steps
         self.check_memory(B, T)
         self.prepare(prompts, B, T)
-        # All rows end in column T - 1.
-        padded = [F.pad(torch.tensor(row), (T - len(row), 0)) for row in prompts]
+        # All rows end in column T - 1, padded with their own first token: its numbers there
+        # are finite where the row's own are.
+        padded = [F.pad(torch.tensor(row), (T - len(row), 0), value=row[0]) for row in prompts]
         ids = torch.stack(padded).to(self.device)
         # The prompt, piece by piece.
         for columns in torch.arange(T, device=self.device).split(max(1, CHUNK // B)):
@@ -409,7 +410,9 @@ class Decoder:
             self.graphs.step(self.filled)
 
     def body(self, span):
-        self.logits.copy_(self.forward(self.token[:, None], self.column, span))
+        # A row that has ended goes on, if need be with −1, a draw from what is not finite.
+        fed = self.token.clamp_min(0)
+        self.logits.copy_(self.forward(fed[:, None], self.column, span))
         self.token.copy_(self.sampler(self.logits))
         self.column += 1
 
@@ -526,6 +529,8 @@ def generate(decoder, prompts, max_new_tokens, eos=frozenset(), stop=None, **sam
     logits = decoder.prefill(prompts, max(left))
     drawing = Sampling(**sampling)
     vocab = decoder.cfg.vocab
+    if not any(left):
+        return
     decoder.sampler = Sampler(prompts, vocab, max(left), decoder.device, drawing)
     decoder.token.copy_(decoder.sampler(logits))
     while True:
@@ -585,7 +590,7 @@ def check_arguments(args):
         "--temperature": (heat, heat == 0 or 1e-6 <= heat < math.inf, "0, or 1e-6 and more"),
         "--top-k": (args.top_k, args.top_k >= 0, "0 or more"),
         "--top-p": (args.top_p, 0 < args.top_p <= 1, "above 0 and at most 1"),
-        "--repetition-penalty": (penalty, 0 < penalty < math.inf, "above 0"),
+        "--repetition-penalty": (penalty, 1e-3 <= penalty <= 1e3, "0.001 to 1000"),
         "--seed": (args.seed, abs(args.seed) < 2**62, "fewer than 19 digits"),
         "--stop": (args.stop, all(args.stop), "some text"),
         "--max-new-tokens": (args.max_new_tokens, args.max_new_tokens > 0, "1 or more"),

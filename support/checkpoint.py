@@ -2,10 +2,12 @@
 written."""
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -133,6 +135,7 @@ def open_tensors(path):
 # What training puts around a model, whose parts of a tensor's name say nothing.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 EMBEDDING = "embed_tokens.weight"
+EMBEDDED = "model." + EMBEDDING
 
 
 def plain_names(tensors):
@@ -143,7 +146,7 @@ def plain_names(tensors):
     """
     bare = [".".join(part for part in name.split(".") if part not in WRAPPERS)
             for name in tensors]
-    inner = next((name for name in bare if name.endswith(EMBEDDING)), "model." + EMBEDDING)
+    inner = next((name for name in bare if name.endswith(EMBEDDING)), EMBEDDED)
     inner = inner.removesuffix(EMBEDDING)                   # such as "model.model."
     outer = inner.removesuffix("model.")                    # such as "model."
     plain = {}
@@ -158,11 +161,12 @@ def plain_names(tensors):
 
 
 def shards(folder):
-    """The files that hold a folder's weights. Raises InputError where there are none."""
+    """The files that hold a folder's weights, and {name: file} where an index says in which
+    one a tensor is. Raises InputError where there are none."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         check_readable(folder / name)
         if (folder / name).is_file():
-            return [folder / name]
+            return [folder / name], {}
         index = folder / (name + ".index.json")
         check_readable(index)
         if index.is_file():
@@ -178,7 +182,7 @@ def shards(folder):
             if missing:
                 raise InputError(f"{index.name} names {missing[0]}, which is not in "
                                  f"{folder}; fetch the missing shard")
-            return [folder / file for file in names]
+            return [folder / file for file in names], where
     raise InputError(f"{folder} has no weights; expected model.safetensors or "
                      "pytorch_model.bin, or shards and an index")
 
@@ -222,15 +226,22 @@ class Checkpoint:
         if not (self.folder / "config.json").is_file():
             raise InputError(f"{self.folder} has no config.json; "
                              "expected the one that came with the weights beside them")
-        self.files = [path] if path.is_file() else shards(self.folder)
+        self.files, index = ([path], {}) if path.is_file() else shards(self.folder)
         self.raw = read_json(self.folder / "config.json")
         self.cfg = parse_config(self.raw)
         self.tensors = {}                               # {name: Stored}
         for file in self.files:
-            self.tensors |= open_tensors(file)
+            # Of a tensor that is in two shards the index says which counts.
+            self.tensors |= {name: stored for name, stored in open_tensors(file).items()
+                             if index.get(name, file.name) == file.name}
         self.tensors = plain_names(self.tensors)
         self.names = list(self.check())
-        self.dtype = self.tensors["model.embed_tokens.weight"].dtype
+        # Of most numbers in the blocks; factors are stored in it.
+        sizes = Counter()
+        for name in self.names:
+            stored = self.tensors[name]
+            sizes[stored.dtype] += math.prod(stored.shape) if ".layers." in name else 0
+        self.dtype = max(sizes, key=sizes.get)
 
     def check(self):
         """Hold the files' tensors against config.json: {name: shape}, as it implies.
@@ -240,8 +251,13 @@ class Checkpoint:
         # Before a model of a mistyped number of blocks is built.
         last = f"model.layers.{self.cfg.n_layers - 1}.input_layernorm.weight"
         self.check_names("lacks", {last} - self.tensors.keys())
-        with torch.device("meta"):
-            state = Llama(self.cfg).state_dict()
+        try:
+            with torch.device("meta"):
+                state = Llama(self.cfg).state_dict()
+        except RuntimeError as e:
+            raise InputError(f"{self.folder / 'config.json'} implies a model that cannot be "
+                             f"built ({e}); expected the one that came with the "
+                             "weights") from None
         expected = {name: tuple(w.shape) for name, w in state.items()}
         # LLaMA 1 and 2 carry RoPE's frequencies as buffers, tied models sometimes the
         # embedding twice.
@@ -249,6 +265,8 @@ class Checkpoint:
         if self.cfg.tied:
             expected.pop("lm_head.weight")
             spare.add("lm_head.weight")
+            if EMBEDDED not in self.tensors and "lm_head.weight" in self.tensors:
+                self.tensors[EMBEDDED] = self.tensors.pop("lm_head.weight")
             self.check_tied()
         self.unpack(expected)
         self.check_names("lacks", expected.keys() - self.tensors.keys())
@@ -259,10 +277,13 @@ class Checkpoint:
             if stored.shape != shape:
                 raise InputError(f"{name} has shape {stored.shape}, config.json implies "
                                  f"{shape}; use matching files")
-            if stored.dtype not in DTYPES.values():
-                raise InputError(f"{name} is stored as {stored.dtype}; expected fp32, "
-                                 "fp16 or bf16")
+            self.check_dtype(name)
         return expected
+
+    def check_dtype(self, name):
+        dtype = self.tensors[name].dtype
+        if dtype not in DTYPES.values():
+            raise InputError(f"{name} is stored as {dtype}; expected fp32, fp16 or bf16")
 
     def unpack(self, expected):
         """Put weights that enhance/quantize.py packed under their own names; `expected`
@@ -279,9 +300,10 @@ class Checkpoint:
 
     def check_tied(self):
         """Raise InputError for a head beside the embedding that it should equal."""
-        both = [self.tensors.get(name) for name in ("model.embed_tokens.weight",
-                                                    "lm_head.weight")]
-        if None not in both and not torch.equal(*(stored.read() for stored in both)):
+        both = [name for name in (EMBEDDED, "lm_head.weight") if name in self.tensors]
+        for name in both:
+            self.check_dtype(name)
+        if len(both) == 2 and not torch.equal(*(self.tensors[name].read() for name in both)):
             raise InputError(f"config.json in {self.folder} has tie_word_embeddings true, "
                              "but lm_head.weight is not model.embed_tokens.weight; set "
                              "it to false to use the head, or delete the head")
@@ -398,7 +420,9 @@ def result_bytes(ckpt, cut, grid=None):
     codes that the factors of `ckpt` are written as.
     """
     saved = sum(m * n - k * (m + n) for m, n, k in cut.values())
-    size = (ckpt.parameters() - saved) * ckpt.dtype.itemsize
+    stored = [ckpt.tensors[name] for name in ckpt.names]
+    size = sum(math.prod(each.shape) * each.dtype.itemsize for each in stored)
+    size -= saved * ckpt.dtype.itemsize
     written_as_codes = ckpt.cfg.ranks if grid else ()
     for layer in written_as_codes:
         for which in "VU":
@@ -472,6 +496,9 @@ class TensorFolder:
     def save(self, name, tensors, note=None):
         """Write {key: tensor} as `name` and remember `note` (JSON) with it."""
         tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+        # A .bin file may hold one storage under two names, a .safetensors file may not.
+        places = Counter(t.data_ptr() for t in tensors.values())
+        tensors = {key: t.clone() if places[t.data_ptr()] > 1 else t for key, t in tensors.items()}
         partial = self.path / (name + ".partial")
         save_file(tensors, partial, metadata={"format": "pt"})
         usual_mode(partial)

@@ -85,7 +85,7 @@ def check(path, out):
     if Path(out).exists():
         raise InputError(f"{out} already exists; name another folder for --dense, "
                          "or delete it")
-    check_apart(path, dense=out)            # air.py replaces a result as a whole
+    check_apart(ckpt.folder, dense=out)     # air.py replaces a result as a whole
     return ckpt
 
 

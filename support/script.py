@@ -289,12 +289,28 @@ def write_whole(path, content):
     os.replace(partial, path)
 
 
+def is_file_of(stream, path):
+    """Does what is printed to a stream go to the file `path`?"""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except (OSError, ValueError, AttributeError):           # it has no file, or is closed
+        return False
+
+
 def write_result(path, content):
-    """Write to where a user says, /dev/stdout and its like too, which are not replaced."""
+    """Write to where a user says, /dev/stdout and its like too, which are not replaced, nor
+    is the file that the shell has put in their place."""
     path = Path(path)
+    content = content.encode() if isinstance(content, str) else content
+    for stream in (sys.stdout, sys.stderr):
+        if path.exists() and is_file_of(stream, path):
+            stream.flush()
+            stream.buffer.write(content)
+            stream.buffer.flush()
+            return
     if path.exists() and not path.is_file():
         with open(path, "wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
+            f.write(content)
     else:
         # A link's file is written, and the link stays.
         write_whole(path.resolve(), content)

@@ -258,9 +258,11 @@ def token_array(text, ckpt):
     """The token ids of a .npy file: 1-D (a stream) or 2-D (the windows), a LongTensor."""
     check_readable(text)
     try:
-        ids = np.load(text, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise InputError(f"{text} cannot be read as a .npy array ({e})") from None
+        with open(text, "rb") as f:
+            ids = np.lib.format.read_array(f, allow_pickle=False)
+    except Exception as e:                  # of a torn header anything that parsing raises
+        reason = str(e).split("\n")[0][:200]
+        raise InputError(f"{text} cannot be read as a .npy array ({reason})") from None
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or not ids.size:
         raise InputError(f"{text} holds {ids.dtype} of shape {ids.shape}; "
                          "expected 1-D or 2-D token ids (integers)")

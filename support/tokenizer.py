@@ -137,15 +137,17 @@ class Beside:
         names = self.config
         if "added_tokens_decoder" not in names:
             names = names | older
-        self.named = {key: content(names[key]) for key in NAMED if key in names}
+        # LLaMA 1's usual file names tokens of no text, which are no tokens.
+        self.named = {key: content(names[key]) for key in NAMED
+                      if key in names and content(names[key]) != ""}
         self.special = set(self.named.values()) - {None}
         for key in LISTS:
             tokens = names.get(key) or []
             tokens = tokens.values() if isinstance(tokens, dict) else tokens
-            self.special |= set(map(content, tokens))
+            self.special |= set(map(content, tokens)) - {""}
         self.added = self.read_added()
         self.mistral = read_json(folder / "config.json").get("model_type") == "mistral"
-        self.eos_texts = {content(each.get("eos_token")) for each in (self.config, older)}
+        self.eos_texts = {content(each.get("eos_token")) for each in (self.config, older)} - {""}
         self.eos_ids = set()
         for name in ("config.json", "generation_config.json"):
             ids = read_checked(folder, name).get("eos_token_id")

@@ -342,6 +342,74 @@ def test_prefixes_in_safetensors_and_over_shards(prefix, tiny, windows):
     assert torch.equal(Checkpoint(tiny).model()(windows), expected)
 
 
+def test_of_a_tensor_in_two_shards_the_index_says_which_counts(tiny, windows):
+    expected = Checkpoint(tiny).model()(windows)
+    state = load_file(tiny / "model.safetensors")
+    (tiny / "model.safetensors").unlink()
+    save_file(state, tiny / "1.safetensors")
+    save_file({"model.norm.weight": torch.zeros(32), "lm_head.weight": state["lm_head.weight"].clone()},
+              tiny / "2.safetensors")
+    where = dict.fromkeys(state, "1.safetensors") | {"lm_head.weight": "2.safetensors"}
+    (tiny / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert torch.equal(Checkpoint(tiny).model()(windows), expected)
+
+
+def test_one_storage_under_two_names_is_written_twice(tmp_path, windows):
+    """As torch.save keeps a head that is the embedding, in a model whose config.json does not tie them."""
+    folder = write_checkpoint(tmp_path / "m", tie_word_embeddings=False)
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    np.save(tmp_path / "w.npy", windows.numpy())
+    done = script("air", "--ckpt", folder, "--calib", tmp_path / "w.npy", "--text", "none", "--out", tmp_path / "out",
+                  "--rate", 0.5)
+    assert done.returncode == 0, done.stderr
+    small = Checkpoint(tmp_path / "out")
+    assert torch.equal(small.tensor("lm_head.weight"), small.tensor("model.embed_tokens.weight"))
+
+
+def test_factors_have_the_dtype_of_the_blocks(tmp_path, windows):
+    """Not of the embedding, which some hold in another."""
+    folder = write_checkpoint(tmp_path / "m", tie_word_embeddings=False)
+    state = load_file(folder / "model.safetensors")
+    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].bfloat16()
+    save_file(state, folder / "model.safetensors")
+    np.save(tmp_path / "w.npy", windows.numpy())
+    done = script("air", "--ckpt", folder, "--calib", tmp_path / "w.npy", "--text", "none", "--out", tmp_path / "out",
+                  "--rate", 0.5)
+    assert done.returncode == 0, done.stderr
+    small = Checkpoint(tmp_path / "out")
+    dtypes = {name: stored.dtype for name, stored in small.tensors.items()}
+    assert dtypes.pop("model.embed_tokens.weight") == torch.bfloat16 and set(dtypes.values()) == {torch.float32}
+    cut = {layer: (*Checkpoint(folder).tensors[layer + ".weight"].shape, k) for layer, k in small.cfg.ranks.items()}
+    wanted = sum(torch.Size(each.shape).numel() * each.dtype.itemsize for each in small.tensors.values())
+    assert checkpoint.result_bytes(Checkpoint(folder), cut) == wanted + 2**22
+
+
+def test_a_tied_model_may_be_stored_under_its_heads_name(tmp_path, windows):
+    """As safetensors' own save_model keeps it."""
+    folder = write_checkpoint(tmp_path / "m", tie_word_embeddings=True)
+    expected = Checkpoint(folder).model()(windows)
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+    save_file(state, folder / "model.safetensors")
+    assert torch.equal(Checkpoint(folder).model()(windows), expected)
+
+
+def test_a_head_of_another_type_and_a_model_beyond_any_size_are_one_sentence(tmp_path):
+    folder = write_checkpoint(tmp_path / "m", tie_word_embeddings=True)
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].to(torch.float8_e4m3fn)
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(InputError, match="lm_head.weight is stored as"):
+        Checkpoint(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"hidden_size": 2147483640}))
+    with pytest.raises(InputError, match="cannot be built"):
+        Checkpoint(folder)
+
+
 def test_a_base_model_is_read_where_its_head_is_the_embedding_and_else_refused(tmp_path, windows):
     for tied in (True, False):
         folder = write_checkpoint(tmp_path / str(tied), tie_word_embeddings=tied)

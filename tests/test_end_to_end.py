@@ -180,6 +180,14 @@ def test_json_goes_to_a_device_too(job, tmp_path):
     done = script("air", *arguments, "--quiet", "--json", "/dev/stdout")
     assert done.returncode == 0, done.stderr
     assert KEYS <= json.loads(done.stdout[done.stdout.index("{"):]).keys()
+    # So is the file that a shell has put in its place: neither what it held nor what was printed is lost.
+    log = tmp_path / "log.txt"
+    log.write_text("earlier\n")
+    with open(log, "a") as f:
+        command = [sys.executable, ROOT / "air.py", *arguments, "--overwrite", "--quiet", "--json", "/dev/stdout"]
+        assert subprocess.run(list(map(str, command)), stdout=f).returncode == 0
+    said = log.read_text()
+    assert said.startswith("earlier\n") and "parameters" in said and KEYS <= json.loads(said[said.index("{"):]).keys()
     (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
     assert script("air", *arguments, "--overwrite", "--json", tmp_path / "link.json").returncode == 0
     assert (tmp_path / "link.json").is_symlink() and KEYS <= json.loads((tmp_path / "real.json").read_text()).keys()

@@ -1,13 +1,14 @@
 """eval_ppl.py: perplexity and divergence against float64 by hand."""
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 import eval_ppl as E
-from conftest import script, write_checkpoint
+from conftest import ROOT, script, write_checkpoint
 from support.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
@@ -49,6 +50,33 @@ def test_non_finite_logits_are_reported_not_dropped(tiny, tmp_path, windows):
     ckpt.head = lambda *_: (norm * 1e38, lm_head)
     found = E.evaluate(ckpt, windows, CPU, torch.float32)
     assert found["nonfinite"] > 0 and math.isnan(found["ppl"])
+
+
+def test_the_other_models_overflow_is_not_this_ones(tiny, tmp_path, windows, capsys, monkeypatch):
+    ckpt, other = Checkpoint(tiny), Checkpoint(write_checkpoint(tmp_path / "other", seed=1))
+    alone = E.evaluate(ckpt, windows, CPU, torch.float32)
+    norm, lm_head = other.head()
+    other.head = lambda *_: (norm * 1e38, lm_head)
+    found = E.evaluate(ckpt, windows, CPU, torch.float32, E.last_states(other, windows, CPU, torch.float32))
+    assert (found["ppl"], found["nonfinite"]) == (alone["ppl"], 0) and math.isnan(found["js"])
+    np.save(tmp_path / "w.npy", windows.numpy())
+    monkeypatch.setattr(E, "evaluate", lambda *arguments: found)
+    monkeypatch.setattr("sys.argv", ["eval_ppl.py", "--ckpt", str(tiny), "--against", str(tmp_path / "other"), "--text",
+                                     str(tmp_path / "w.npy"), "--device", "cpu"])
+    E.main()
+    printed = capsys.readouterr()
+    assert f"perplexity {alone['ppl']:.4f}" in printed.out and "the divergence is not a number" in printed.err
+
+
+def test_models_of_two_tokenizers_are_not_compared(tmp_path):
+    """The same weights beside other pieces: divergence of what stands for other texts would say nothing."""
+    shutil.copytree(ROOT / "demo", tmp_path / "other")
+    config = {"added_tokens_decoder": {"5": {"content": "import", "special": False}}}
+    (tmp_path / "other" / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "a.txt").write_text("import os\nimport sys\n" * 200)
+    done = script("eval_ppl", "--ckpt", ROOT / "demo", "--against", tmp_path / "other", "--text", tmp_path / "a.txt",
+                  "--windows", 1, "--device", "cpu")
+    assert done.returncode == 2 and "--against has another tokenizer" in done.stderr
 
 
 def test_script_writes_the_keys(tiny, tmp_path, windows):

@@ -491,7 +491,8 @@ def test_bad_options(monkeypatch, capsys, tmp_path):
             ("--temperature", 1e-46, "expected 0, or 1e-6 and more"),       # 0 in fp32, so no number at all
             ("--seed", 10**20, "fewer than 19 digits"),
             ("--compile", "--off", "o3", "needs o3"),
-            ("--repetition-penalty", 0, "expected above 0"),
+            ("--repetition-penalty", 0, "expected 0.001 to 1000"),
+            ("--repetition-penalty", 1e-39, "expected 0.001 to 1000"),      # 0 in fp32
             ("--prompt", "", "the prompt is empty"),
             ("--prompt-file", tmp_path / "none.txt", "has no prompt"),
             ("--prompt-file", tmp_path / "absent.txt", "cannot be read"),
@@ -500,6 +501,40 @@ def test_bad_options(monkeypatch, capsys, tmp_path):
             ("--max-new-tokens", 0, "expected 1 or more")):
         with pytest.raises(InputError, match=said):
             command(monkeypatch, capsys, *arguments)
+
+
+class Overflowing:
+    """A Decoder whose logits are not finite once a row has drawn `last`."""
+
+    def __init__(self, decoder, last):
+        self.forward, self.last = decoder.forward, last
+
+    def __call__(self, ids, columns, span):
+        logits = self.forward(ids, columns, span)
+        return logits.masked_fill(ids[:, -1:] == self.last, math.nan)
+
+
+def test_a_row_that_has_ended_may_overflow(tiny):
+    """In fp16 the end-of-text token's own stream may; what it would draw is no token, and no row's beside it."""
+    decoder = G.Decoder(Checkpoint(tiny).model())
+    prompts = [[5, 3, 9], [8, 2, 4]]
+    alone = [[step[0] for step in G.generate(decoder, [prompt], 6, temperature=0)] for prompt in prompts]
+    end = alone[0][1]
+    assert end not in alone[1] and end != alone[0][0]
+    decoder.forward = Overflowing(decoder, end)
+    found = list(G.generate(decoder, prompts, 6, eos={end}, temperature=0))
+    assert [step[0] for step in found] == [alone[0][0]] + [None] * 5 and [step[1] for step in found] == alone[1]
+
+
+def test_padding_is_a_rows_own_first_token(tiny):
+    """Another's numbers may overflow, and NaN times 0 reaches the row."""
+    model = Checkpoint(tiny).model()
+    model.model.embed_tokens.weight.requires_grad_(False)[0] = math.nan     # no row has this token
+    prompts = [[5, 3, 9, 7, 1], [8, 2]]
+    alone = [[step[0] for step in G.generate(G.Decoder(model), [prompt], 4, temperature=0)] for prompt in prompts]
+    both = list(G.generate(G.Decoder(model), prompts, 4, temperature=0))
+    assert [list(row) for row in zip(*both)] == alone
+    assert list(G.generate(G.Decoder(model), prompts, 0)) == []
 
 
 def test_script_streams_text_and_repeats_itself():

@@ -211,7 +211,7 @@ def test_gradients_that_overflow_are_not_blamed_on_the_inputs(tmp_path, windows)
     for ranks in ("uniform", "auto"):
         code, said = refused(tmp_path, windows, "--ckpt", tmp_path / "big.safetensors", "--method", "kfac",
                              "--ranks", ranks)
-        assert code == 1 and "gradients overflowed" in said, said
+        assert code == 1 and "overflowed, or gradients" in said, said
 
 
 def job_of(monkeypatch, tmp_path, windows, *arguments):

@@ -96,3 +96,24 @@ def test_a_configuration_with_a_mark_is_read(tmp_path):
     config = (folder / "config.json").read_bytes()
     (folder / "config.json").write_bytes(codecs.BOM_UTF8 + config)
     assert Checkpoint(folder).raw == json.loads(config)
+
+
+def test_what_is_no_array_of_tokens_is_one_sentence(tmp_path):
+    """An archive of arrays, torn headers, an array larger than any memory."""
+    np.savez(tmp_path / "a.npz", x=np.zeros(3, dtype=np.int64))
+    np.save(tmp_path / "good.npy", np.zeros(300, dtype=np.int64))
+    good = (tmp_path / "good.npy").read_bytes()
+    header = good[10:128]
+    cases = {
+        "archive": (tmp_path / "a.npz").read_bytes(),
+        "zip": b"PK\x03\x04 and garbage",
+        "torn": good[:10] + header.replace(b"}", b"("),
+        "huge": good[:10] + header.replace(b"(300,)", b"(%d,)" % 10**20)[:118] + good[128:],
+        "short": good[:200],
+        "empty": b"",
+    }
+    ckpt = Checkpoint(ROOT / "demo")
+    for name, content in cases.items():
+        (tmp_path / f"{name}.npy").write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}.npy cannot be read as a .npy array"):
+            T.token_array(str(tmp_path / f"{name}.npy"), ckpt)

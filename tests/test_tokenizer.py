@@ -54,6 +54,24 @@ def test_ids_and_texts_are_those_of_transformers(name, tmp_path):
     assert tokenizer.bos == ([1] if silent else [] if refused else golden["first"])
 
 
+def test_a_token_without_a_text_is_none(tmp_path):
+    """As LLaMA 1's usual tokenizer_config.json has them: its ids are those of the file alone."""
+    empty = {"content": "", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"))
+    shutil.copytree(ROOT / "demo", tmp_path / "plain")
+    plain = Tokenizer(Checkpoint(tmp_path / "plain"))
+    for i, (config, special) in enumerate((("", None), ("", ""), (empty, empty), ("", empty))):
+        folder = tmp_path / str(i)
+        shutil.copytree(ROOT / "demo", folder)
+        (folder / "tokenizer_config.json").write_text(json.dumps(dict.fromkeys(names, config)))
+        if special is not None:
+            (folder / "special_tokens_map.json").write_text(
+                json.dumps(dict.fromkeys(names, special) | {"additional_special_tokens": [""]}))
+        found = Tokenizer(Checkpoint(folder))
+        assert (found.bos, found.eos) == (plain.bos, plain.eos) == ([1], {2})
+        assert found.encode("import os") == plain.encode("import os")
+
+
 @pytest.mark.parametrize("name", ["demo, flags", "demo, new", "json, more tokens"])
 def test_a_text_printed_as_it_grows_is_the_whole_text(name, tmp_path, capsys):
     tokenizer, golden = case(name, tmp_path)
