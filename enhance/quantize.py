@@ -19,7 +19,7 @@ from calibrate import block_forward, embed
 from model import LowRank, rope
 from support.checkpoint import result_bytes
 from support.enhance import (advance, arguments, check_finite, make_plan, own, prepare,
-                             weights_of, write_blocks)
+                             smooth, weights_of, with_packed, write_blocks)
 from support.packed import WIDTHS, dequantize, grid_of, packed_tensors
 from support.progress import told
 from support.script import run
@@ -51,14 +51,12 @@ def gptq(W, H, bits, group, dtype):
     T = inverse_factor(H).to(W.dtype)
     columns = W.shape[1]
     codes = torch.empty_like(W)
-    scales = []
-    zeros = []
+    grids = []
     for start in range(0, columns, group or BLOCK):
         stop = min(start + (group or BLOCK), columns)
         if group or start == 0:
             grid = grid_of(W[:, start:stop] if group else W, bits, dtype)
-            scales.append(grid.scale)
-            zeros.append(grid.zero)
+            grids.append(grid)
         errors = torch.empty_like(W[:, start:stop])
         for j in range(start, stop):
             column = W[:, j:j + 1]
@@ -69,6 +67,7 @@ def gptq(W, H, bits, group, dtype):
             errors[:, j - start:j - start + 1] = error
         # Eq. 4, lazily: the columns beyond the block, once for all of its own.
         W[:, stop:] -= errors @ T[start:stop, stop:]
+    scales, zeros, _ = zip(*grids)
     return codes, torch.cat(scales, 1), torch.cat(zeros, 1)
 
 
@@ -84,12 +83,11 @@ def quantize_factor(W, H, options, dtype):
     Not in the paper: where GPTQ's error in the output is above RTN's, RTN's codes are kept.
     """
     W = W.float()
-    hessians = {"rtn": torch.eye(len(H), device=H.device)}
-    if options["rounding"] == "gptq":
-        hessians["gptq"] = H
+    identity = torch.eye(len(H), device=H.device)
+    hessians = {"rtn": identity, "gptq": H}
     found = {}
-    for name, hessian in hessians.items():
-        made = gptq(W, hessian, options["bits"], options["group"], dtype)
+    for name in dict.fromkeys(("rtn", options["rounding"])):
+        made = gptq(W, hessians[name], options["bits"], options["group"], dtype)
         Q = dequantize(*made, options["group"])
         found[name] = made, Q, output_error(W, Q, H)
     best = min(found.values(), key=lambda each: each[2])
@@ -151,13 +149,10 @@ def quantize(task, finished):
         block = own(task.ckpt.block(l, task.device, task.dtype))
         state = finished(l)
         if state is None:
+            scales = smooth(block, task.ckpt.cfg) if task.options["smooth"] else {}
             packed, errors = quantize_block(block, h, angles, task.options, task.ckpt.dtype)
-            at = f"model.layers.{l}."
-            packed = {at + name: tensor.cpu() for name, tensor in packed.items()}
-            # Biases, norms and what was left dense stay as they are.
-            weights = {f"{at}{name}.weight" for name in errors}
-            rest = {name: w for name, w in task.ckpt.rest(l).items() if name not in weights}
-            yield l, packed | rest, errors
+            # Biases, norms and what was left dense stay as they are, but for the smoothing.
+            yield l, with_packed(task.ckpt, l, packed, scales), errors
         else:
             block.load_state_dict(state)
         advance(block, h, angles)
@@ -189,11 +184,13 @@ def main():
     p.add_argument("--bits", type=int, choices=WIDTHS, default=4, help="(default 4)")
     p.add_argument("--group", type=int, default=0, help="columns a grid (default 0: all)")
     p.add_argument("--rounding", choices=("gptq", "rtn"), default="gptq", help="(default gptq)")
+    p.add_argument("--smooth", action="store_true", help="even out columns first, at no cost")
     args = p.parse_args()
     grid = {"bits": args.bits, "group": args.group}
-    task = prepare("quantize", args, grid | {"rounding": args.rounding})
-    made = {"quantized": grid}
-    write_blocks(task, args, plan(task), lambda done: quantize(task, done), line, made)
+    how = {"rounding": args.rounding, "smooth": args.smooth}
+    task = prepare("quantize", args, grid | how)
+    write_blocks(task, args, plan(task), lambda done: quantize(task, done), line,
+                 {"quantized": grid})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from calibrate import add_calibration_arguments, block_forward, calibration_windows
 from eval_ppl import (bits_per_byte, evaluate, evaluation_windows, per_byte_line,
                       warn_nonfinite, windows_line)
-from model import LowRank
+from model import LAYERS, LowRank
 from support.checkpoint import Checkpoint, Writer, part_of, result_bytes
 from support.config import MODELING, compressed_config, dense_config
 from support.large import machine_rates
@@ -279,6 +279,67 @@ def balance(model):
             scale = (ratio.clamp_min(1e-30).log2() / 2).round().exp2()
             U.mul_(scale)
             V.div_(scale[:, None])
+
+
+def even_scale(weights):
+    """Powers of two (n,), about each column's root mean square over `weights` [(…, n)], the
+    geometric mean of all being 1."""
+    size = torch.cat([w.float() for w in weights]).square().mean(0).sqrt()
+    size = size.clamp_min(1e-30).log2()
+    return (size - size.mean()).round().exp2()
+
+
+def smooth(block, cfg):
+    """Even out the columns of what reads an input, in place, while the block's output stays
+    what it is. Returns {parameter: what it was multiplied by}, powers of two.
+
+    Not in the paper: SmoothQuant's identity (Xiao et al., 2023), W diag(1/d) · diag(d) x, d
+    put into what makes x: the norm, up's rows before down, v's before o, where the query
+    heads of a kv head share theirs. S⁻¹ leaves V's columns small where an input is large;
+    on a grid that serves a whole row they would be rounded away.
+    """
+    low_rank = {name for name, layer in block.named_modules() if isinstance(layer, LowRank)}
+    weight = {name: name + (".V" if name in low_rank else "") + ".weight" for name in LAYERS}
+    names = dict(block.named_parameters())
+    found = {}
+
+    def multiply(name, factor):
+        if name in names:
+            found[name] = found.get(name, 1.0) * factor
+
+    def even(layers):
+        d = even_scale([names[weight[name]] for name in layers])
+        if layers == ["self_attn.o_proj"]:
+            # (G, H/G, D): of the heads that share a value the middle one.
+            d = d.view(cfg.n_kv_heads, -1, cfg.head_dim)
+            d = d.median(1, keepdim=True).values.expand_as(d)
+        for name in layers:
+            multiply(weight[name], 1 / d.flatten())
+        return d
+
+    def before(name, d):
+        made = f"{name}.U" if name in low_rank else name
+        multiply(f"{made}.weight", d[:, None])
+        multiply(f"{made}.bias", d)
+
+    multiply("input_layernorm.weight", even([f"self_attn.{x}_proj" for x in "qkv"]))
+    before("self_attn.v_proj", even(["self_attn.o_proj"])[:, 0].flatten())
+    multiply("post_attention_layernorm.weight", even(["mlp.gate_proj", "mlp.up_proj"]))
+    before("mlp.up_proj", even(["mlp.down_proj"]))
+    for name, scale in found.items():
+        names[name].data.mul_(scale)
+    return found
+
+
+def with_packed(ckpt, l, packed, scales):
+    """{name: tensor} of block l as it is written: `packed` {part of a parameter: tensor}, and
+    what is not packed as it is, but for `scales` {parameter: scale}."""
+    at = f"model.layers.{l}."
+    rest = {name.removeprefix(at): w for name, w in ckpt.rest(l).items()}
+    for name in rest.keys() & scales.keys():
+        rest[name] = rest[name] * scales[name].to(rest[name])
+    found = {at + name: w for name, w in rest.items() if name + PARTS[0] not in packed}
+    return found | {at + name: tensor.cpu() for name, tensor in packed.items()}
 
 
 def products(device, dtype):

@@ -35,8 +35,8 @@ from model import Llama, LowRank, rope
 from support import export
 from support.checkpoint import Checkpoint, TensorFolder, Writer
 from support.config import parse_config
-from support.enhance import (Course, Task, balance, code_of, dense_of, learn, linear_at, rate_at,
-                             warm_up_of)
+from support.enhance import (Course, Task, balance, code_of, dense_of, learn, linear_at, own, rate_at,
+                             smooth, warm_up_of)
 from support.packed import WIDTHS, pack, unpack, widen
 from support.script import InputError, run
 from support.texts import instruction_rows
@@ -730,6 +730,63 @@ def test_no_factor_is_worse_than_rounded_to_nearest(bits):
         _, Q, own, nearest = quantize_factor(torch.randn(6, 20, generator=g), X.T @ X,
                                              {"bits": bits, "group": 0, "rounding": "gptq"}, FP32)
         assert own <= nearest
+
+
+def uneven(folder, start, **changes):
+    """A tiny checkpoint whose channels differ a thousandfold, as a real language model's do, and its result."""
+    write_checkpoint(folder / "uneven", **changes)
+    state = load_file(folder / "uneven" / "model.safetensors")
+    size = torch.logspace(-1.5, 1.5, 32)
+    for name in [name for name in state if name.endswith("layernorm.weight")]:
+        state[name] *= size
+    for name, w in state.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+            state[name] = w / size
+    save_file(state, folder / "uneven" / "model.safetensors")
+    usual = ("--calib", start / "ids.npy", "--samples", "16", "--seqlen", "16")
+    return result_of(folder / "uneven", folder / "small", usual), usual
+
+
+@pytest.mark.parametrize("changes", ({}, {"architectures": ["Qwen2ForCausalLM"]},
+                                     {"architectures": ["LlamaForCausalLM"], "mlp_bias": True, "attention_bias": True}))
+def test_smoothing_leaves_the_blocks_output_as_it_is_bit_by_bit(start, tmp_path, changes):
+    """On grouped-query heads, with biases, and where some layers were left dense."""
+    ckpt, _ = uneven(tmp_path, start, **changes)
+    dense = Checkpoint(tmp_path / "uneven")
+    h = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0))
+    for left_dense in ((), ("v_proj", "up_proj"), ("o_proj", "gate_proj")):
+        block, other = ckpt.block(1, CPU, FP32), dense.block(1, CPU, FP32)
+        for half in ("self_attn", "mlp"):
+            for name in left_dense:
+                if hasattr(getattr(block, half), name):
+                    setattr(getattr(block, half), name, getattr(getattr(other, half), name))
+        block = own(block)
+        angles = rope(ckpt.cfg, 16)
+        before = block(h, angles)
+        columns = lambda: torch.cat([w for name, w in block.named_parameters()       # noqa: E731
+                                     if "q_proj.V" in name or "k_proj.V" in name]).square().mean(0).sqrt()
+        spread = columns().max() / columns().min()
+        scales = smooth(block, ckpt.cfg)
+        assert torch.equal(block(h, angles), before) and spread > 100
+        assert columns().max() / columns().min() < 6
+        assert all(torch.equal(d, d.log2().round().exp2()) for d in scales.values())
+
+
+def test_a_smoothed_result_has_lost_less_and_its_norms_carry_the_scales(start, tmp_path):
+    ckpt, usual = uneven(tmp_path, start)
+    windows, _, _ = evaluation_windows(str(start / "ids.npy"), ckpt, 16, 8)
+    lost = {}
+    for bits in (8, 4):
+        for how in ((), ("--smooth",)):
+            made = enhanced("quantize", ckpt.folder, tmp_path / f"{bits}{how}", *usual, "--bits", bits, *how)
+            lost[bits, how] = distance(made.model()(windows), ckpt.model()(windows))
+            norm = "model.layers.0.input_layernorm.weight"
+            scale = made.tensor(norm) / ckpt.tensor(norm)
+            assert bool((scale != 1).any()) == bool(how) and torch.equal(scale, scale.log2().round().exp2())
+    assert all(lost[bits, ("--smooth",)] < lost[bits, ()] / 2 for bits in (8, 4)), lost
+    # What reads a quantized result reads this one: the norms are of the packed factors.
+    again = enhanced("quantize", tmp_path / "4('--smooth',)", tmp_path / "again", *usual, "--bits", 8)
+    assert distance(again.model()(windows), Checkpoint(tmp_path / "4('--smooth',)").model()(windows)) < 0.05
 
 
 def test_inputs_of_u_come_through_the_quantized_v(made):
