@@ -307,14 +307,13 @@ def smooth(block, cfg):
         if name in names:
             found[name] = found.get(name, 1.0) * factor
 
-    def even(layers):
-        d = even_scale([names[weight[name]] for name in layers])
-        if layers == ["self_attn.o_proj"]:
-            # (G, H/G, D): of the heads that share a value the middle one.
-            d = d.view(cfg.n_kv_heads, -1, cfg.head_dim)
-            d = d.median(1, keepdim=True).values.expand_as(d)
+    def even(layers, G=1, heads=1):
+        # Columns stand as (G, heads, …); all of `heads` are one column, as far as d goes.
+        apart = [names[weight[name]].unflatten(1, (G, heads, -1)) for name in layers]
+        d = even_scale([w.transpose(1, 2).flatten(0, 1).flatten(1) for w in apart])
+        every = d.view(G, 1, -1).expand(-1, heads, -1).flatten()
         for name in layers:
-            multiply(weight[name], 1 / d.flatten())
+            multiply(weight[name], 1 / every)
         return d
 
     def before(name, d):
@@ -323,7 +322,8 @@ def smooth(block, cfg):
         multiply(f"{made}.bias", d)
 
     multiply("input_layernorm.weight", even([f"self_attn.{x}_proj" for x in "qkv"]))
-    before("self_attn.v_proj", even(["self_attn.o_proj"])[:, 0].flatten())
+    G = cfg.n_kv_heads
+    before("self_attn.v_proj", even(["self_attn.o_proj"], G, cfg.n_heads // G))
     multiply("post_attention_layernorm.weight", even(["mlp.gate_proj", "mlp.up_proj"]))
     before("mlp.up_proj", even(["mlp.down_proj"]))
     for name, scale in found.items():
