@@ -275,8 +275,9 @@ def compiled(function):
             return fast(*args)
         except TorchDynamoException as error:
             reason = str(error).strip().partition("\n")[0]
-            raise InputError(f"torch.compile failed ({reason}); it needs a C++ compiler and "
-                             "Python's headers; leave --compile out") from error
+            raise InputError(f"torch.compile failed ({reason}); it needs a C++ compiler, "
+                             "Python's headers and a path of torch's own without spaces; "
+                             "leave --compile out") from error
     return run
 
 
