@@ -323,12 +323,12 @@ def test_the_tokenizer_is_the_sources(name, tokenizer, tmp_path):
 
 
 def test_a_timed_side_has_our_weights(tmp_path):
-    """experiments/decode.py times transformers with our dense weights: same logits, and a moment a token."""
+    """experiments/decode.py times transformers with our dense weights: same logits, and seconds for every token."""
     config = dict(SHAPES["demo"], num_hidden_layers=2, tie_word_embeddings=True)
     model = random_model(config)
     theirs = decode.transformers_model(config, model)
     ids = torch.randint(2048, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert farthest(theirs(ids).logits, model(ids)) < 1e-4
-    marks = decode.transformers_side(config, model)(ids.tolist(), 5)
-    assert len(marks) == 6 and marks == sorted(marks)
+    first, later = decode.transformers_side(config, model)(ids.tolist(), 5)
+    assert first > 0 and len(later) == 4 and min(later) > 0
