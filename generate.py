@@ -29,7 +29,7 @@ from support.script import InputError, TooLarge, free_bytes, parser, pick_device
 from support.texts import read_prompts, typed
 from support.tokenizer import Chat, Continuation, Tokenizer
 
-CHUNK = 512     # tokens of a prompt that are read at once: a piece meets no later keys
+CHUNK = 512     # tokens of all prompts that are read at once: a piece meets no later keys
 
 
 # ------------------------------------------------------------ sampling
