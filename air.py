@@ -267,16 +267,16 @@ def kfac(W, S, L, k):
     return U, V, sigma
 
 
-def aasvd(W, S, C, k):
-    """Not in the paper: the optimum of ‖WX − UVX̂‖², W's outputs on the dense model's inputs
-    X from those of the compressed one, X̂.
+def anchored(W, S, C):
+    """Not in the paper: the optimum W̃ (m, n) of ‖WX − W̃X̂‖², what makes W's outputs on the
+    dense model's inputs X from those of the compressed one, X̂.
 
-    S (n, n): S Sᵀ = ΣX̂X̂ᵀ; C (n, n) = ΣXX̂ᵀ, both with their ridge. With X̂ = X it is
-    SVD-LLM(W). Source: AA-SVD (Sinha and Fleuret, 2026).
+    S (n, n): S Sᵀ = ΣX̂X̂ᵀ; C (n, n) = ΣXX̂ᵀ, both with their ridge. Any method goes on from
+    W̃ and S: ‖WX − UVX̂‖² = ‖(W̃ − UV)S‖² + what no UV changes, so SVD-LLM(W) of W̃ is AA-SVD.
+    With X̂ = X, W̃ = W. Source: AA-SVD (Sinha and Fleuret, 2026).
     """
-    # ‖WX − UVX̂‖² = ‖WCS⁻ᵀ − UVS‖² + what no UV changes   (m, n)
-    Wp = torch.linalg.solve_triangular(S.T, W.to(C.dtype) @ C, upper=True, left=False)
-    return native_factors(*truncated_svd(Wp.to(W.dtype), k), S)
+    # W̃ = WC (SSᵀ)⁻¹
+    return torch.cholesky_solve((W.to(C.dtype) @ C).T, S).T.to(W.dtype)
 
 
 def square_root(S):
@@ -348,7 +348,7 @@ class Inputs:
     gram: torch.Tensor | None           # ΣXXᵀ (n, n) fp64
     mean_abs: torch.Tensor | None       # mean of |x| (n,) fp64
     ridge: float                        # share of ΣXXᵀ's own diagonal to be added
-    cross: torch.Tensor | None = None   # AA-SVD's ΣXX̂ᵀ (n, n) fp64; `gram` is then ΣX̂X̂ᵀ
+    cross: torch.Tensor | None = None   # ΣXX̂ᵀ (n, n) fp64; `gram` is then ΣX̂X̂ᵀ
 
     @cached_property
     def profiled(self):
@@ -357,7 +357,7 @@ class Inputs:
 
     @property
     def anchor(self):
-        """ΣXX̂ᵀ with the ridge of ΣX̂X̂ᵀ, so that it draws UV to W, not to 0."""
+        """ΣXX̂ᵀ with the ridge of ΣX̂X̂ᵀ, so that it draws W̃ to W, not to 0."""
         anchor = self.cross.clone()
         anchor.diagonal().add_(self.profiled[1] * own_energies(self.gram))
         return anchor
@@ -374,7 +374,7 @@ class Layer:
     """One weight, the rank it gets, and what the sweeps collected of it."""
 
     name: str                   # such as model.layers.3.self_attn.q_proj
-    W: torch.Tensor             # (m, n) fp32
+    W: torch.Tensor             # (m, n) fp32; `anchored` where its input has a ΣXX̂ᵀ
     k: int                      # rank
     inputs: Inputs
     collected: dict             # {backward signal: I (m, n)}, and the input's own
@@ -420,6 +420,8 @@ def layers_of(ckpt, l, stats, ranks, device, ridge=None):
         own = [key for key in stats if key.startswith(name + ".")]
         collected = {key.removeprefix(name + "."): stats[key] for key in own}
         W = ckpt.tensor(full + ".weight", device, torch.float32)
+        if inputs.cross is not None:
+            W = anchored(W, inputs.profiled[0], inputs.anchor)
         yield Layer(full, W, ranks[full], inputs, collected)
 
 
@@ -450,7 +452,7 @@ METHODS = {
                           blended(x.collected["B.gfwsvd"]),
                           x.k)[:2],
         "gfwsvd"),
-    "aasvd": Method(lambda x, o: aasvd(x.W, x.S, x.inputs.anchor, x.k), "streams"),
+    "aasvd": Method(lambda x, o: svdllm(x.W, x.S, x.k), "streams"),     # of `anchored` W
 }
 
 
@@ -478,6 +480,10 @@ class Options:
                         "the others stay the sweep's start (default all, the paper's)")
     axis: str = option("in", ("in", "out"),
                        "fwsvd: Fisher information summed per input or output")
+    stream: str = option("dense", ("dense", "anchored"),
+                         "weights are fitted to the dense model's inputs (default, the "
+                         "paper's); anchored: to those of what is compressed up to there, with "
+                         "the dense model's outputs as the aim, as --method aasvd does")
     ridge: float = option(None, help="share of ΣXXᵀ's own diagonal that is added to it; "
                           "0: the paper's (default: by the tokens an input)")
     ranks: str = option("uniform", ("uniform", "auto"), "the same share of every layer "
@@ -489,6 +495,11 @@ class Options:
         reads = METHODS[self.method].reads
         signal = self.signal if reads == "influence" else reads
         return signal if signal in SIGNALS and SIGNALS[signal].target else None
+
+    @property
+    def anchored(self):
+        """Are weights fitted to two streams, behind what is decomposed by then?"""
+        return self.stream == "anchored" or METHODS[self.method].reads == "streams"
 
     def orders(self, layer):
         """Those of the sweeps over a Layer. Not in the paper: none where `kinds` leaves it out."""
@@ -668,7 +679,7 @@ class Job:
         code = [*large.SWEEPS, "air.py", "support/fast.py"]
         if self.options.ranks == "auto":
             code += ["support/ranks.py", "eval_ppl.py"]
-        if METHODS[self.options.method].reads == "streams":
+        if self.options.anchored:
             code.append("support/anchored.py")
         return {
             "checkpoint": self.ckpt.fingerprint(),
@@ -728,6 +739,9 @@ def check_options(args):
     if args.method == "kfac-air" and args.signal != Options.signal:
         raise InputError(f"--signal is {args.signal}; expected none with --method kfac-air, "
                          "which collects W×Grad's influence with B")
+    if args.method == "svd" and args.stream == "anchored":
+        raise InputError("--stream is anchored; expected dense with --method svd, which reads "
+                         "no inputs")
     if args.ridge is not None and not 0 <= args.ridge <= LARGEST_RIDGE:
         raise InputError(f"--ridge is {args.ridge}; expected 0 to {LARGEST_RIDGE}, a share "
                          "of ΣXXᵀ's own diagonal, or none for the default")
@@ -760,10 +774,10 @@ def prepare(args):
     check_spared(out, ckpt=args.ckpt, calib=calib, text=text)
     device = large.start_processes(device)
     world = large.processes()[1]
-    if METHODS[args.method].reads == "streams" and (args.stats or args.spill or world > 1):
-        raise InputError(f"--method {args.method} collects its statistics behind what it has "
-                         "decomposed by then; expected one process, without --stats and "
-                         "--spill")
+    if options.anchored and (args.stats or args.spill or world > 1):
+        raise InputError("--method aasvd and --stream anchored collect their statistics behind "
+                         "what is decomposed by then; expected one process, without --stats "
+                         "and --spill")
     if 0 < len(windows) < world:
         raise InputError(f"{len(windows)} windows cannot be divided among {world} "
                          "processes; expected one for each at least")
@@ -777,10 +791,15 @@ def make_plan(job, need):
     shape = job.windows.shape
     plan = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, signal)
     plan.seconds["solve"] *= max(1, job.options.sweeps)
-    if METHODS[job.options.method].reads == "streams":
-        # Two streams, each through its block once for every input and once to go on.
-        plan.inputs *= 2
-        plan.seconds["forward sweep"] *= 10
+    if job.options.anchored:
+        # Two streams, each through its block once for every input and once to go on; before
+        # them, the dense model's own sweeps, of which all but the inputs is held.
+        one = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, None)
+        plan.seconds["solve"] += 10 * one.seconds["forward sweep"]
+        if not signal:
+            plan.seconds["forward sweep"] = 0.0
+        plan.inputs = max(plan.inputs, 2 * plan.held["one input"])
+        plan.inputs += plan.held["statistics"] - plan.held["gram"]
     if job.options.ranks == "auto":
         # One sweep and one solve more, and the factors at rate 1, which are held.
         first = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, "kfac")
@@ -814,9 +833,11 @@ def own_sweep(job, blocks):
     reads = METHODS[job.options.method].reads
     if reads == "nothing":
         return ((l, {}) for l in blocks)
-    if reads == "streams":
-        return anchored_sweep(job.ckpt, job.windows, job.device, job.dtype, blocks)
-    return sweep_of(job, blocks, job.options.backward)
+    signal = job.options.backward
+    if not job.options.anchored:
+        return sweep_of(job, blocks, signal)
+    first = sweep_of(job, blocks, signal) if signal else ()
+    return anchored_sweep(job.ckpt, job.windows, job.device, job.dtype, blocks, first)
 
 
 def first_sweep(job, left):

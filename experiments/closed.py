@@ -1,6 +1,6 @@
 """All closed forms side by side, at three rates: the paper's, and beyond it the error in
-two metrics (`--method kfac`, `gfwsvd`), AIR's sweep on top (`kfac-air`), measured ranks
-(`--ranks auto`).
+two metrics (`--method kfac`, `gfwsvd`), AIR's sweep on top (`kfac-air`), weights anchored to
+the dense model's outputs (`--stream anchored`), measured ranks (`--ranks auto`).
 
     python experiments/closed.py                  # the demo; continues where it stopped
     python experiments/closed.py --ckpt data/smollm2 --calib data/odd.raw \\
@@ -31,14 +31,22 @@ FORMS = {
     "GFWSVD": ({"method": "gfwsvd"}, "grey", "s"),
     "two-sided": ({"method": "kfac"}, "sky", "^"),
     "two-sided, AIR's sweep, δ = 0.5": ({"method": "kfac-air", "delta": 0.5}, "purple", "v"),
+    "AA-SVD: SVD-LLM(W), anchored": (
+        {"method": "svdllm", "stream": "anchored"}, "blue", "<"),
+    "AIR, δ = 2, anchored": (
+        {"method": "air", "delta": 2.0, "stream": "anchored"}, "red", "s"),
+    "two-sided, anchored": ({"method": "kfac", "stream": "anchored"}, "sky", "p"),
     "SVD-LLM(W), measured ranks": ({"method": "svdllm", "ranks": "auto"}, "blue", "*"),
     "two-sided, measured ranks": ({"method": "kfac", "ranks": "auto"}, "green", "P"),
     "two-sided, AIR's sweep, measured ranks": (
         {"method": "kfac-air", "delta": 0.5, "ranks": "auto"}, "olive", "X"),
+    "two-sided, anchored, measured ranks": (
+        {"method": "kfac", "stream": "anchored", "ranks": "auto"}, "black", "*"),
 }
 FAR = 100           # what is so many times above the dense model is not in the picture
 # Not in the README's table.
-BESIDE = ("GFWSVD", "two-sided", "SVD-LLM(W), measured ranks",
+BESIDE = ("GFWSVD", "two-sided", "two-sided, AIR's sweep, δ = 0.5", "two-sided, anchored",
+          "SVD-LLM(W), measured ranks",
           "two-sided, AIR's sweep, measured ranks")
 
 

@@ -318,9 +318,11 @@ class Lab:
         every = range(self.ckpt.cfg.n_layers)
         if METHODS[options.method].reads == "nothing":
             return ((l, {}) for l in every)
-        if METHODS[options.method].reads == "streams":
-            return anchored_sweep(self.ckpt, windows, self.device, self.dtype, every)
-        return self.statistics(windows, options.backward or "lrp")
+        signal = options.backward
+        if not options.anchored:
+            return self.statistics(windows, signal or "lrp")
+        first = self.statistics(windows, signal) if signal else ()
+        return anchored_sweep(self.ckpt, windows, self.device, self.dtype, every, first)
 
     def forget(self, windows):
         """Delete the statistics of windows that no other script reads."""
@@ -381,7 +383,7 @@ class Lab:
         files = [source_of(options)]
         if options.ranks == "auto":
             files.append("support/ranks.py")
-        if METHODS[options.method].reads == "streams":
+        if options.anchored:
             files.append("support/anchored.py")
         return Job(setting, seed, windows, self.key(facts, *files))
 

@@ -1,5 +1,5 @@
-"""What AA-SVD (air.py --method aasvd) reads: both streams' inputs, collected as a block is
-decomposed.
+"""What anchored weights (air.py --stream anchored, --method aasvd) are fitted to: both
+streams' inputs, collected as a block is decomposed.
 
 Not in the paper. Each weight is anchored to what the dense model's stream X gives, and reads
 the stream X̂ of the model that is compressed up to there: q, k and v first, then o behind
@@ -18,11 +18,12 @@ class Streams(dict):
     """The statistics of one block; those of an input are collected when they are first asked
     for, behind the layers that have been replaced by then.
 
-    dense, small (N, T, dim): both streams before the block, in the host's memory.
+    collected: what the dense model's gradients gave; dense, small (N, T, dim): both streams
+    before the block, in the host's memory.
     """
 
-    def __init__(self, block, dense, small, angles):
-        super().__init__()
+    def __init__(self, collected, block, dense, small, angles):
+        super().__init__(collected)
         self.block = block
         self.compressed = copy.deepcopy(block)
         self.dense = dense
@@ -37,13 +38,14 @@ class Streams(dict):
 
     @torch.no_grad()
     def collect(self, reader):
-        """ΣX̂X̂ᵀ, ΣXX̂ᵀ and the tokens of one input; products in fp32, sums in fp64."""
+        """ΣX̂X̂ᵀ, ΣXX̂ᵀ, mean |x̂| and the tokens of one input; products in fp32, sums in fp64."""
         batch = max(1, 1024 // self.dense.shape[1])                 # about a thousand tokens
         for i in range(0, len(self.dense), batch):
             x = self.inputs(self.block, self.dense[i:i + batch], reader)
             x_hat = self.inputs(self.compressed, self.small[i:i + batch], reader)
             add(self, f"{reader}.gram", x_hat.T @ x_hat)
             add(self, f"{reader}.cross", x.T @ x_hat)
+            add(self, f"{reader}.mean_abs", x_hat.abs().sum(0) / self.dense[..., 0].numel())
             add(self, f"{reader}.tokens", torch.tensor(float(len(x)), device=x.device))
         if not torch.isfinite(self[f"{reader}.gram"]).all():
             raise RuntimeError(f"the inputs of {reader} are not finite: activations "
@@ -68,14 +70,30 @@ class Streams(dict):
         self.compressed.set_submodule(name, layer)
 
 
+def of_gradients(sweep):
+    """{l: {key: tensor in the host's memory}} of a sweep's (l, stats), inputs left out."""
+    found = {}
+    for l, stats in sweep:
+        own = [key for key in stats if not key.endswith((".gram", ".mean_abs", ".tokens"))]
+        found[l] = {key: stats[key].cpu() for key in own}
+        del stats                                  # before the next block's are collected
+    return found
+
+
 @torch.no_grad()
-def anchored_sweep(ckpt, windows, device, dtype, blocks):
-    """Yield (l, Streams) of every block in `blocks`, whose layers the caller replaces."""
+def anchored_sweep(ckpt, windows, device, dtype, blocks, sweep=()):
+    """Yield (l, Streams) of every block in `blocks`, whose layers the caller replaces.
+
+    sweep: (l, stats) of the dense model's backward sweep, for a method that reads gradients.
+    It goes from the last block to the first and is held; the streams go from first to last.
+    """
+    collected = of_gradients(sweep)
     dense = embed(ckpt, windows, dtype)
     small = dense.clone()
     angles = rope(ckpt.cfg, windows.shape[1], device)
     for l in told("block", range(max(blocks) + 1)):
-        stats = Streams(ckpt.block(l, device, dtype), dense, small, angles)
+        own = {key: x.to(device) for key, x in collected.pop(l, {}).items()}
+        stats = Streams(own, ckpt.block(l, device, dtype), dense, small, angles)
         if l in blocks:
             yield l, stats
         block_forward(stats.block, dense, dense, angles, gram=False)

@@ -27,9 +27,10 @@ def header(job, seed):
     dtype = f"{str(job.dtype)[6:]} ({job.why})"
     shares = [f"{share:.2g}" for share in job.ridges.values()]
     ridge = f", ridge {' to '.join(dict.fromkeys(shares))}" if shares else ""
-    measured = ", measured ranks" if job.options.ranks == "auto" else ""
+    how = ", anchored" if job.options.anchored else ""
+    how += ", measured ranks" if job.options.ranks == "auto" else ""
     return (f"{versions}, {where}, {dtype}, seed {seed}{together}\n"
-            f"{job.options.method} at rate {job.rate:g}{measured}: {blocks}; {tokens} "
+            f"{job.options.method} at rate {job.rate:g}{how}: {blocks}; {tokens} "
             f"for inputs up to {widest:,} wide{ridge}")
 
 

@@ -411,7 +411,9 @@ def test_the_anchored_form_is_the_least_squares_optimum_over_both_streams():
     X_hat = X + 0.5 * noise
     W = torch.randn(6, 8, dtype=torch.float64, generator=g)
     S, _ = A.profile(X_hat @ X_hat.T)
-    U, V = A.aasvd(W, S, X @ X_hat.T, 3)
+    moved = A.anchored(W, S, X @ X_hat.T)
+    assert distance(moved, (torch.linalg.lstsq(X_hat.T, (W @ X).T).solution).T) < 1e-9
+    U, V = A.svdllm(moved, S, 3)
     found = (W @ X - U @ V @ X_hat).square().sum()
     P = torch.randn(6, 3, dtype=torch.float64, generator=g)
     for _ in range(500):                                    # Y ≈ P B X̂, one factor at a time
@@ -424,8 +426,63 @@ def test_the_anchored_form_is_the_least_squares_optimum_over_both_streams():
     # With one stream, ridge or none, it is SVD-LLM(W).
     for ridge in (0.0, 0.3):
         x = A.Inputs("", X @ X.T, None, ridge, X @ X.T)
-        one, other = A.aasvd(W, x.profiled[0], x.anchor, 3), A.svdllm(W, x.profiled[0], 3)
-        assert distance(one[0] @ one[1], other[0] @ other[1]) < 1e-9
+        assert distance(A.anchored(W, x.profiled[0], x.anchor), W) < 1e-9
+
+
+def test_the_anchored_two_sided_form_is_the_optimum_in_both_metrics():
+    """‖Lᵀ(WX − UVX̂)‖² against alternating least squares on the tokens, in float64."""
+    g = torch.Generator().manual_seed(1)
+    X, noise = (torch.randn(8, 300, dtype=torch.float64, generator=g) for _ in range(2))
+    X_hat = X + 0.5 * noise
+    W, G = (torch.randn(6, 8, dtype=torch.float64, generator=g) for _ in range(2))
+    L = torch.linalg.cholesky(G @ G.T)
+    S, _ = A.profile(X_hat @ X_hat.T)
+    U, V, _ = A.kfac(A.anchored(W, S, X @ X_hat.T), S, L, 2)
+    found = (L.T @ (W @ X - U @ V @ X_hat)).square().sum()
+    aim = L.T @ W @ X
+    P = torch.randn(6, 2, dtype=torch.float64, generator=g)
+    for _ in range(500):
+        B = torch.linalg.lstsq(P, aim).solution @ torch.linalg.pinv(X_hat)
+        P = torch.linalg.lstsq((B @ X_hat).T, aim.T).solution.T
+    assert torch.isclose(found, (aim - P @ B @ X_hat).square().sum(), rtol=1e-6)
+    U, V, _ = A.kfac(W, S, L, 2)
+    assert (L.T @ (W @ X - U @ V @ X_hat)).square().sum() > found * 1.001
+
+
+def test_every_method_reads_both_streams(tiny, windows, tmp_path):
+    """Signals are the dense model's; --method aasvd is SVD-LLM(W) of anchored weights; AIR's sweep starts there."""
+    ckpt, host = Checkpoint(tiny), torch.device("cpu")
+    np.save(tmp_path / "w.npy", windows.numpy())
+    dense = dict(A.statistics(ckpt, windows, host, torch.float32, range(2), "kfac"))
+    ranks = A.pick_ranks(ckpt, range(2), 0.5)
+    for l, stats in A.anchored_sweep(ckpt, windows, host, torch.float32, range(2), iter(dense.items())):
+        assert {f"{name}.{what}kfac" for name in LAYERS for what in ("", "B.")} == set(stats)
+        for layer in A.layers_of(ckpt, l, stats, ranks, host, 0.0):
+            name = layer.name.removeprefix(f"model.layers.{l}.")
+            assert torch.equal(layer.collected["B.kfac"], dense[l][f"{name}.B.kfac"])
+            assert torch.equal(layer.influence("kfac"), dense[l][f"{name}.kfac"])
+            if not l and name in ("self_attn.q_proj", "self_attn.v_proj"):      # nothing is decomposed before them
+                assert distance(layer.W, ckpt.tensor(layer.name + ".weight")) < 1e-4
+                assert distance(layer.mean_abs, dense[l]["self_attn.q_proj.mean_abs"]) < 1e-5
+            stats.replace(name, *A.svdllm(layer.W, layer.S, layer.k))
+    made = {}
+    alone = [(method,) for method in A.METHODS if method != "svd"]
+    for method, *more in (*alone, ("air", "--delta", "0"), ("air", "--signal", "ones")):
+        out = tmp_path / "-".join((method, *more))
+        done = script("air", "--ckpt", tiny, "--method", method, "--stream", "anchored", "--out", out, "--calib",
+                      tmp_path / "w.npy", "--text", "none", "--rate", "0.5", *more)
+        assert done.returncode == 0, done.stderr
+        made[out.name] = Checkpoint(out)
+    name = "model.layers.1.mlp.down_proj"
+
+    def product(which):
+        return made[which].tensor(f"{name}.U.weight") @ made[which].tensor(f"{name}.V.weight")
+    assert torch.equal(product("aasvd"), product("svdllm"))
+    assert distance(product("air---delta-0"), product("svdllm")) < 1e-3
+    assert distance(product("air"), product("svdllm")) > 1e-2 < distance(product("kfac"), product("svdllm"))
+    assert made["air"].raw["air"]["stream"] == "anchored"
+    done = script("air", "--ckpt", tiny, "--method", "svd", "--stream", "anchored", "--out", tmp_path / "no")
+    assert done.returncode == 2 and "reads no inputs" in done.stderr
 
 
 def test_both_streams_are_collected_behind_what_is_decomposed(tiny, windows, tmp_path):
@@ -452,9 +509,10 @@ def test_both_streams_are_collected_behind_what_is_decomposed(tiny, windows, tmp
                 assert distance(stats[f"{short}.cross"], x.T @ x_hat) < 1e-5, solved.layer
             U, V = (solved.tensors[f"{solved.layer}.{which}.weight"] for which in "UV")
             small.get_submodule(solved.layer).weight.data = U @ V
-    for more in (("--stats", tmp_path / "s"), ("--spill", tmp_path / "s")):
+    for more, how in ((("--stats", tmp_path / "s"), ("--method", "aasvd")),
+                      (("--spill", tmp_path / "s"), ("--stream", "anchored"))):
         np.save(tmp_path / "w.npy", windows.numpy())
-        done = script("air", "--ckpt", tiny, "--method", "aasvd", "--out", tmp_path / "o", *more,
+        done = script("air", "--ckpt", tiny, *how, "--out", tmp_path / "o", *more,
                       "--calib", tmp_path / "w.npy", "--text", "none")
         assert done.returncode == 2 and "without --stats and --spill" in done.stderr
     done = script("air", "--ckpt", tiny, "--method", "aasvd", "--out", tmp_path / "o", "--calib", tmp_path / "w.npy",
