@@ -268,12 +268,13 @@ def kfac(W, S, L, k):
 
 
 def anchored(W, S, C):
-    """Not in the paper: the optimum W̃ (m, n) of ‖WX − W̃X̂‖², what makes W's outputs on the
-    dense model's inputs X from those of the compressed one, X̂.
+    """Not in the paper: the optimum W̃ (m, n) of ‖WX − W̃X̂‖², to be decomposed in W's place
+    where a layer reads X̂, the compressed model's inputs, and is to give what W makes of X.
 
     S (n, n): S Sᵀ = ΣX̂X̂ᵀ; C (n, n) = ΣXX̂ᵀ, both with their ridge. Any method goes on from
-    W̃ and S: ‖WX − UVX̂‖² = ‖(W̃ − UV)S‖² + what no UV changes, so SVD-LLM(W) of W̃ is AA-SVD.
-    With X̂ = X, W̃ = W. Source: AA-SVD (Sinha and Fleuret, 2026).
+    W̃ and S: ‖WX − UVX̂‖² = ‖(W̃ − UV)S‖² + what no UV changes. X, the aim, is the dense
+    model's inputs, or a mean of both: SVD-LLM(W) of W̃ is AA-SVD (Sinha and Fleuret, 2026) with
+    the former. With X = X̂, W̃ = W.
     """
     # W̃ = WC (SSᵀ)⁻¹
     return torch.cholesky_solve((W.to(C.dtype) @ C).T, S).T.to(W.dtype)
@@ -348,7 +349,7 @@ class Inputs:
     gram: torch.Tensor | None           # ΣXXᵀ (n, n) fp64
     mean_abs: torch.Tensor | None       # mean of |x| (n,) fp64
     ridge: float                        # share of ΣXXᵀ's own diagonal to be added
-    cross: torch.Tensor | None = None   # ΣXX̂ᵀ (n, n) fp64; `gram` is then ΣX̂X̂ᵀ
+    cross: torch.Tensor | None = None   # `anchored`'s C (n, n) fp64; `gram` is then ΣX̂X̂ᵀ
 
     @cached_property
     def profiled(self):
@@ -480,10 +481,10 @@ class Options:
                         "the others stay the sweep's start (default all, the paper's)")
     axis: str = option("in", ("in", "out"),
                        "fwsvd: Fisher information summed per input or output")
-    stream: str = option("dense", ("dense", "anchored"),
-                         "weights are fitted to the dense model's inputs (default, the "
-                         "paper's); anchored: to those of what is compressed up to there, with "
-                         "the dense model's outputs as the aim, as --method aasvd does")
+    anchor: float = option(None, help="weights are fitted to the inputs X̂ of what is compressed "
+                           "up to there, to make of X̂ what the dense ones make of ANCHOR·X + "
+                           "(1 - ANCHOR)·X̂ (default: to the dense model's inputs X, the "
+                           "paper's; aasvd: 1)")
     ridge: float = option(None, help="share of ΣXXᵀ's own diagonal that is added to it; "
                           "0: the paper's (default: by the tokens an input)")
     ranks: str = option("uniform", ("uniform", "auto"), "the same share of every layer "
@@ -497,9 +498,12 @@ class Options:
         return signal if signal in SIGNALS and SIGNALS[signal].target else None
 
     @property
-    def anchored(self):
-        """Are weights fitted to two streams, behind what is decomposed by then?"""
-        return self.stream == "anchored" or METHODS[self.method].reads == "streams"
+    def share(self):
+        """Of the dense model's inputs in the aim of `anchored`; None: weights are fitted to
+        them alone."""
+        if self.anchor is None and METHODS[self.method].reads == "streams":
+            return 1.0
+        return self.anchor
 
     def orders(self, layer):
         """Those of the sweeps over a Layer. Not in the paper: none where `kinds` leaves it out."""
@@ -679,7 +683,7 @@ class Job:
         code = [*large.SWEEPS, "air.py", "support/fast.py"]
         if self.options.ranks == "auto":
             code += ["support/ranks.py", "eval_ppl.py"]
-        if self.options.anchored:
+        if self.options.share is not None:
             code.append("support/anchored.py")
         return {
             "checkpoint": self.ckpt.fingerprint(),
@@ -739,9 +743,12 @@ def check_options(args):
     if args.method == "kfac-air" and args.signal != Options.signal:
         raise InputError(f"--signal is {args.signal}; expected none with --method kfac-air, "
                          "which collects W×Grad's influence with B")
-    if args.method == "svd" and args.stream == "anchored":
-        raise InputError("--stream is anchored; expected dense with --method svd, which reads "
-                         "no inputs")
+    if args.anchor is not None and not 0 <= args.anchor <= 1:
+        raise InputError(f"--anchor is {args.anchor}; expected 0 to 1, or none for the dense "
+                         "model's inputs")
+    if args.anchor is not None and METHODS[args.method].reads == "nothing":
+        raise InputError(f"--anchor is {args.anchor:g}; expected none with --method "
+                         f"{args.method}, which reads no inputs")
     if args.ridge is not None and not 0 <= args.ridge <= LARGEST_RIDGE:
         raise InputError(f"--ridge is {args.ridge}; expected 0 to {LARGEST_RIDGE}, a share "
                          "of ΣXXᵀ's own diagonal, or none for the default")
@@ -774,10 +781,10 @@ def prepare(args):
     check_spared(out, ckpt=args.ckpt, calib=calib, text=text)
     device = large.start_processes(device)
     world = large.processes()[1]
-    if options.anchored and (args.stats or args.spill or world > 1):
-        raise InputError("--method aasvd and --stream anchored collect their statistics behind "
-                         "what is decomposed by then; expected one process, without --stats "
-                         "and --spill")
+    if options.share is not None and (args.stats or args.spill or world > 1):
+        raise InputError("--method aasvd and --anchor collect their statistics behind what is "
+                         "decomposed by then; expected one process, without --stats and "
+                         "--spill")
     if 0 < len(windows) < world:
         raise InputError(f"{len(windows)} windows cannot be divided among {world} "
                          "processes; expected one for each at least")
@@ -791,14 +798,14 @@ def make_plan(job, need):
     shape = job.windows.shape
     plan = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, signal)
     plan.seconds["solve"] *= max(1, job.options.sweeps)
-    if job.options.anchored:
+    if job.options.share is not None:
         # Two streams, each through its block once for every input and once to go on; before
         # them, the dense model's own sweeps, of which all but the inputs is held.
         one = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, None)
         plan.seconds["solve"] += 10 * one.seconds["forward sweep"]
         if not signal:
             plan.seconds["forward sweep"] = 0.0
-        plan.inputs = max(plan.inputs, 2 * plan.held["one input"])
+        plan.inputs += plan.held["one input"]
         plan.inputs += plan.held["statistics"] - plan.held["gram"]
     if job.options.ranks == "auto":
         # One sweep and one solve more, and the factors at rate 1, which are held.
@@ -833,11 +840,15 @@ def own_sweep(job, blocks):
     reads = METHODS[job.options.method].reads
     if reads == "nothing":
         return ((l, {}) for l in blocks)
+    share = job.options.share
     signal = job.options.backward
-    if not job.options.anchored:
+    if share is None:
         return sweep_of(job, blocks, signal)
+    # Gradients of the dense model, from the last block to the first; then both streams, from
+    # the first to the last.
     first = sweep_of(job, blocks, signal) if signal else ()
-    return anchored_sweep(job.ckpt, job.windows, job.device, job.dtype, blocks, first)
+    h = embed(job.ckpt, job.windows, job.dtype)
+    return anchored_sweep(job.ckpt, h, job.device, blocks, share, first)
 
 
 def first_sweep(job, left):

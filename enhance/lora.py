@@ -124,6 +124,11 @@ def instructions(path, ckpt, length):
     if left_out:
         print(f"{left_out} of {len(ids)} rows of {path} are left out: their prompts fill all "
               f"{length} tokens", file=sys.stderr)
+    last = ids[:, -1]
+    cut = int(((last >= 0) & ~torch.isin(last, torch.tensor(sorted(tokenizer.eos)))).sum())
+    if cut:
+        print(f"{cut} of {len(ids)} answers of {path} end at {length} tokens, before their end "
+              "of text; --seqlen takes more", file=sys.stderr)
     return ids[learnt]
 
 

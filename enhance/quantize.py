@@ -31,10 +31,11 @@ BLOCK = 128             # columns whose errors are gathered before they are move
 # ------------------------------------------------------------ rounding
 def inverse_factor(H):
     """The upper Cholesky factor (n, n) fp64 of H⁻¹, H damped; inputs that are always 0 count
-    as independent."""
+    as independent, and as the mean of the others."""
     H = H.double().clone()
-    H.diagonal()[H.diagonal() == 0] = 1
-    H.diagonal().add_(DAMP * H.diagonal().mean())
+    size = H.diagonal()
+    size[size == 0] = size[size > 0].mean() if size.any() else 1
+    size.add_(DAMP * size.mean())
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
 
 
@@ -175,7 +176,7 @@ def line(errors):
     """How far the outputs of the factors moved, against RTN."""
     if not errors:
         return "dense, left as it is"
-    ratios = [own / nearest for own, nearest in errors.values() if nearest]
+    ratios = [error / nearest for error, nearest in errors.values() if nearest]
     return f"error in the outputs {sum(ratios) / max(1, len(ratios)):.2f} of RTN's"
 
 

@@ -92,8 +92,7 @@ def error_on(block, pairs, recipe):
 def step(block, pairs, optimizer, recipe):
     """One step by the mean error over a batch of windows, a micro-batch at a time."""
     for x, y in micro_batches(pairs):
-        error = recipe.error_of(block, x, y) * (len(x) / len(pairs.x))
-        error.backward()
+        (recipe.error_of(block, x, y) * (len(x) / len(pairs.x))).backward()
     torch.nn.utils.clip_grad_norm_(block.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -110,7 +109,8 @@ def refine_block(block, pairs, held, recipe, seed):
     check_finite(start, "a block's error on held-out windows")
     found = {"before": start, "after": start, "epoch": 0}
     balance(block)
-    optimizer = torch.optim.AdamW(block.parameters(), weight_decay=recipe.weight_decay)
+    # Adam's usual ε, 1e-8, is above the gradients of a small stream's squared error.
+    optimizer = torch.optim.AdamW(block.parameters(), weight_decay=recipe.weight_decay, eps=1e-15)
     an_epoch = -(-len(pairs.x) // recipe.batch)
     steps = recipe.epochs * an_epoch
     order = torch.Generator().manual_seed(seed)

@@ -22,7 +22,7 @@ from model import LowRank, rope, to_logits
 from support.checkpoint import result_bytes
 from support.enhance import (Course, arguments, balance, batch_at, dense_of, learn, make_plan,
                             prepare, products, rate_at, warm_up_of, write_model)
-from support.script import run
+from support.script import InputError, run
 
 MICRO_BATCH = 2048              # tokens whose activations are in memory at a time
 WARM_UP = 10                    # steps
@@ -166,13 +166,16 @@ def main():
                    "after which it stops; 0: never (default 5)")
     p.add_argument("--teacher", metavar="DENSE", help="also learn this model's predictions: "
                    "the dense one's")
-    p.add_argument("--weight", type=float, default=0.5,
+    p.add_argument("--weight", type=float,
                    help="of the distance to the teacher (default 0.5)")
     args = p.parse_args()
+    if args.weight is not None and args.teacher is None:
+        raise InputError(f"--weight is {args.weight:g} and there is no teacher; name it with "
+                         "--teacher, or leave both out")
     names = ("epochs", "lr", "batch", "every", "patience", "weight")
     options = {name: getattr(args, name) for name in names}
-    if args.teacher is None:
-        options["weight"] = 0.0
+    if args.weight is None:
+        options["weight"] = 0.5 if args.teacher else 0.0
     task = prepare("retrain", args, options)
     dense = dense_of(task.ckpt, args.teacher) if args.teacher else None
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from air import METHODS, Options, compress_block, pick_ranks, wholes_of
-from calibrate import calibration_windows
+from calibrate import calibration_windows, embed
 from eval_ppl import evaluate, evaluation_windows, last_states, warn_nonfinite
 from experiments.report import (RESULTS, block, claims, mean_spread, number, pyplot,
                                 refresh)
@@ -319,10 +319,11 @@ class Lab:
         if METHODS[options.method].reads == "nothing":
             return ((l, {}) for l in every)
         signal = options.backward
-        if not options.anchored:
+        if options.share is None:
             return self.statistics(windows, signal or "lrp")
         first = self.statistics(windows, signal) if signal else ()
-        return anchored_sweep(self.ckpt, windows, self.device, self.dtype, every, first)
+        h = embed(self.ckpt, windows, self.dtype)
+        return anchored_sweep(self.ckpt, h, self.device, every, options.share, first)
 
     def forget(self, windows):
         """Delete the statistics of windows that no other script reads."""
@@ -383,7 +384,7 @@ class Lab:
         files = [source_of(options)]
         if options.ranks == "auto":
             files.append("support/ranks.py")
-        if options.anchored:
+        if options.share is not None:
             files.append("support/anchored.py")
         return Job(setting, seed, windows, self.key(facts, *files))
 

@@ -17,7 +17,7 @@ from eval_ppl import evaluate
 from peers.acip import OPTIONS, Training, blocks_of, learn, put_on
 from support.checkpoint import in_memory
 from support.config import compressed_config, parse_config
-from support.enhance import HELD, Task, code_of, model_to_learn, own
+from support.enhance import Task, code_of, model_to_learn, own, split
 from support.packed import PARTS, unpacked
 from support.texts import digest
 
@@ -66,9 +66,9 @@ def whole_model(task, train):
 def stacked(lab, start, step, windows, seed):
     """The Checkpoint that `step` makes of `start`, which stay in memory."""
     name, options = step
-    n = max(1, len(windows) // HELD)
-    task = Task(name, start, RECIPES[name] | options, lab.calib, windows[:-n], windows[-n:],
-                "none", None, lab.device, lab.dtype, seed, "")
+    learnt, held = split(windows, windows[:0])
+    task = Task(name, start, RECIPES[name] | options, lab.calib, learnt, held, "none", None,
+                lab.device, lab.dtype, seed, "")
     if name == "refine":
         made = by_block(task, refine(task, lab.ckpt, lambda l: None))
     elif name == "quantize":
@@ -98,10 +98,9 @@ def compact(ckpt, blocks, changes, section):
 def acip(lab, seed, rates):
     """{rate: perplexity}: one training, cut to every rate that its scores reach."""
     options = RECIPES["acip"]
-    windows = lab.calibration(seed)
-    n = max(1, len(windows) // HELD)
-    task = Task("acip", lab.ckpt, options, lab.calib, windows[:-n], windows[-n:], "none", None,
-                lab.device, lab.dtype, seed, "", "peers")
+    learnt, held = split(lab.calibration(seed), lab.calibration(seed)[:0])
+    task = Task("acip", lab.ckpt, options, lab.calib, learnt, held, "none", None, lab.device,
+                lab.dtype, seed, "", "peers")
     torch.manual_seed(seed)
     model = own(lab.ckpt.model(lab.device, torch.float32))
     training = Training(*put_on(model, options), options)

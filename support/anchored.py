@@ -1,15 +1,16 @@
-"""What anchored weights (air.py --stream anchored, --method aasvd) are fitted to: both
-streams' inputs, collected as a block is decomposed.
+"""What anchored weights (air.py --anchor, --method aasvd) are fitted to: both streams' inputs,
+collected as a block is decomposed.
 
-Not in the paper. Each weight is anchored to what the dense model's stream X gives, and reads
-the stream X̂ of the model that is compressed up to there: q, k and v first, then o behind
-them, then gate and up, then down, each with fresh statistics. Source: Sinha and Fleuret, 2026.
+Not in the paper. Each weight reads the stream X̂ of the model that is compressed up to there,
+and is anchored to what the dense model's stream X gives: q, k and v first, then o behind them,
+then gate and up, then down, each with fresh statistics. Source: Sinha and Fleuret, 2026, whose
+anchor is X alone; share·X + (1 − share)·X̂ does not chase all that was lost.
 """
 import copy
 
 import torch
 
-from calibrate import add, block_forward, embed, recording
+from calibrate import add, block_forward, recording
 from model import INPUTS, PLAIN, LowRank, rope, wide
 from support.progress import told
 
@@ -22,12 +23,12 @@ class Streams(dict):
     before the block, in the host's memory.
     """
 
-    def __init__(self, collected, block, dense, small, angles):
+    def __init__(self, collected, block, streams, angles, share):
         super().__init__(collected)
+        self.share = share
         self.block = block
         self.compressed = copy.deepcopy(block)
-        self.dense = dense
-        self.small = small
+        self.dense, self.small = streams
         self.angles = angles
 
     def get(self, key, default=None):
@@ -38,13 +39,14 @@ class Streams(dict):
 
     @torch.no_grad()
     def collect(self, reader):
-        """ΣX̂X̂ᵀ, ΣXX̂ᵀ, mean |x̂| and the tokens of one input; products in fp32, sums in fp64."""
+        """ΣX̂X̂ᵀ, Σ(share·X + (1 − share)·X̂)X̂ᵀ, mean |x̂| and the tokens of one input; products
+        in fp32, sums in fp64."""
         batch = max(1, 1024 // self.dense.shape[1])                 # about a thousand tokens
         for i in range(0, len(self.dense), batch):
             x = self.inputs(self.block, self.dense[i:i + batch], reader)
             x_hat = self.inputs(self.compressed, self.small[i:i + batch], reader)
             add(self, f"{reader}.gram", x_hat.T @ x_hat)
-            add(self, f"{reader}.cross", x.T @ x_hat)
+            add(self, f"{reader}.cross", torch.lerp(x_hat, x, self.share).T @ x_hat)
             add(self, f"{reader}.mean_abs", x_hat.abs().sum(0) / self.dense[..., 0].numel())
             add(self, f"{reader}.tokens", torch.tensor(float(len(x)), device=x.device))
         if not torch.isfinite(self[f"{reader}.gram"]).all():
@@ -81,20 +83,20 @@ def of_gradients(sweep):
 
 
 @torch.no_grad()
-def anchored_sweep(ckpt, windows, device, dtype, blocks, sweep=()):
+def anchored_sweep(ckpt, h, device, blocks, share, sweep=()):
     """Yield (l, Streams) of every block in `blocks`, whose layers the caller replaces.
 
-    sweep: (l, stats) of the dense model's backward sweep, for a method that reads gradients.
-    It goes from the last block to the first and is held; the streams go from first to last.
+    h (N, T, dim), the first block's input, is replaced in place. sweep: (l, stats) of the
+    dense model's backward sweep, for a method that reads gradients; it goes from the last
+    block to the first and is held, the streams go from the first to the last.
     """
     collected = of_gradients(sweep)
-    dense = embed(ckpt, windows, dtype)
-    small = dense.clone()
-    angles = rope(ckpt.cfg, windows.shape[1], device)
+    streams = h, h.clone()                                          # X, X̂
+    angles = rope(ckpt.cfg, h.shape[1], device)
     for l in told("block", range(max(blocks) + 1)):
         own = {key: x.to(device) for key, x in collected.pop(l, {}).items()}
-        stats = Streams(own, ckpt.block(l, device, dtype), dense, small, angles)
+        stats = Streams(own, ckpt.block(l, device, h.dtype), streams, angles, share)
         if l in blocks:
             yield l, stats
-        block_forward(stats.block, dense, dense, angles, gram=False)
-        block_forward(stats.compressed, small, small, angles, gram=False)
+        for block, stream in zip((stats.block, stats.compressed), streams):
+            block_forward(block, stream, stream, angles, gram=False)

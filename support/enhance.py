@@ -16,10 +16,10 @@ from support.checkpoint import Checkpoint, Writer, part_of, result_bytes
 from support.config import MODELING, compressed_config, dense_config
 from support.large import machine_rates
 from support.packed import PARTS, unpacked
-from support.progress import Progress, Stopwatch, told
+from support.progress import Progress, Stopwatch, say, told
 from support.script import (InputError, check_apart, check_seed, check_spared, check_writable,
                             code_digest, free_bytes, parser, peak_memory, pick_device, write_json)
-from support.texts import digest, with_defaults
+from support.texts import digest, own_windows, with_defaults
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")        # what AdamW keeps of a parameter
 # {option: (the least, the most)} of what enhance/ takes.
@@ -30,7 +30,11 @@ BOUNDS = {"epochs": (0, 10**6), "batch": (1, 10**6), "every": (1, 10**6),
 # {file: what its result depends on beside it and this one}
 CODE = {"lora": ("enhance/retrain.py",), "quantize": ("support/packed.py",),
         "acip": ("enhance/lora.py", "enhance/retrain.py")}
+# Files that learn by steps; the others go through all windows once.
+LEARN = ("refine", "lora", "retrain", "acip")
 HELD = 8        # one window in so many is held out: what is kept is best on these
+SPARE = 4       # windows drawn for each of them, in case some overlap what is learnt from
+SHARED = 32     # tokens in a row that windows which overlap have in common
 
 
 # ------------------------------------------------------------ arguments
@@ -92,7 +96,8 @@ def dense_of(ckpt, given):
 # ------------------------------------------------------------ the task
 def code_of(name, folder="enhance"):
     """The files that decide what a file of enhance/ or peers/ computes."""
-    return ("model.py", "support/enhance.py", f"{folder}/{name}.py", *CODE.get(name, ()))
+    return ("model.py", "calibrate.py", "support/enhance.py", f"{folder}/{name}.py",
+            *CODE.get(name, ()))
 
 
 @dataclass
@@ -123,7 +128,7 @@ class Task:
     def header(self):
         N, T = self.windows.shape
         held = len(self.held)
-        count = f"{N} + {held} held out" if self.folder == "enhance" else f"{N + held}"
+        count = f"{N} + {held} held out" if held else f"{N}"
         options = ", ".join(f"{key} {value}" for key, value in self.options.items())
         return (f"{self.name} of {self.ckpt.name}: {count} x {T} "
                 f"tokens of {self.calib}, {options}\n"
@@ -131,24 +136,61 @@ class Task:
                 f"threads), {str(self.dtype)[6:]}, seed {self.seed}")
 
 
-def learnt_from(args, ckpt, instructions):
-    """(Token ids (N, T), the text they are of, the evaluation's text and its tokens a
-    window), instructions as `prepare` has them. Raises InputError."""
+def stretches(windows):
+    """A number (N, T − 31) for every 32 tokens in a row of windows (N, T), modulo 2⁶⁴."""
+    N, T = windows.shape
+    length = min(SHARED, T)
+    found = torch.zeros(N, T - length + 1, dtype=torch.long)
+    for i in range(length):
+        found = found * 1_000_003 + windows[:, i:i + T - length + 1]
+    return found
+
+
+def split(windows, spare=None):
+    """Windows (N, T) -> (those to learn from, those held out): the last eighth, where one
+    overlaps what is learnt from the next of `spare` (M, T) that does not; None: none do.
+
+    Windows start anywhere in a text, and on text that was learnt nothing gets worse.
+    """
+    n = max(1, len(windows) // HELD)
+    learnt = windows[:-n]
+    held = windows[-n:]
+    if spare is None:
+        return learnt, held
+    held = torch.cat((held, spare))
+    apart = ~torch.isin(stretches(held), stretches(learnt)).any(1)
+    if not apart.any():
+        say("warning: every held-out window overlaps what is learnt from, and cannot tell what "
+            "is best; give a longer text, or fewer or shorter windows")
+        return learnt, held[:n]
+    return learnt, held[apart][:n]
+
+
+def learnt_from(args, ckpt, instructions, spares):
+    """(Token ids (N, T), spare ones, the text they are of, the evaluation's text and its
+    tokens a window), instructions as `prepare` has them. Rows of instructions have no
+    `spares`, and their template in common. Raises InputError."""
     check_seed(args.seed)
     calib, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
+    spare = None
     if instructions and calib.lower().endswith(".json"):
         usual, _, length = with_defaults(ckpt, None, None, args.seqlen)
         windows = instructions(calib, ckpt, args.seqlen)[:args.samples]
         what = f"instructions of {calib} with an answer"
     else:
         usual = calib
-        windows = calibration_windows(calib, ckpt, samples, seqlen, args.seed)
+        more = spares * max(1, samples // HELD)
+        windows = calibration_windows(calib, ckpt, samples + more, seqlen, args.seed)
+        # An array of windows is taken whole.
+        drawn = own_windows(calib, ckpt) is None
+        n = samples if drawn else len(windows)
+        windows, spare = windows[:n], windows[n:]
         length = windows.shape[1]
         what = "calibration windows"
-    if len(windows) < 2:
+    if spares and len(windows) < 2:
         raise InputError(f"{len(windows)} {what}; expected 2 or more, since one in {HELD} is "
                          "held out: set --samples, or give a longer text")
-    return windows, calib, args.text or usual, length
+    return windows, spare, calib, args.text or usual, length
 
 
 def prepare(name, args, options, instructions=None, folder="enhance"):
@@ -171,8 +213,14 @@ def prepare(name, args, options, instructions=None, folder="enhance"):
                          "checkpoint")
     ckpt.extras()
     device, dtype, _ = pick_device(args.device, args.dtype)
-    windows, calib, text, length = learnt_from(args, ckpt, instructions)
-    n = max(1, len(windows) // HELD)
+    learns = name in LEARN
+    if learns and dtype == torch.float16:
+        raise InputError(f"--dtype is float16, in which gradients vanish; {name} expects "
+                         "bfloat16 or float32")
+    windows, spare, calib, text, length = learnt_from(args, ckpt, instructions, SPARE * learns)
+    held = windows[:0]
+    if learns:
+        windows, held = split(windows, spare)
     evaluation = None
     if text != "none":
         evaluation = evaluation_windows(text, ckpt, length, args.windows)
@@ -182,8 +230,8 @@ def prepare(name, args, options, instructions=None, folder="enhance"):
                               ("ckpt", "dense", "teacher", "calib", "text")})
     if given.get("dense"):
         dense_of(ckpt, args.dense)              # where it is not read it is checked all the same
-    return Task(name, ckpt, options, calib, windows[:-n], windows[-n:], text, evaluation,
-                device, dtype, args.seed, args.out, folder)
+    return Task(name, ckpt, options, calib, windows, held, text, evaluation, device, dtype,
+                args.seed, args.out, folder)
 
 
 def weights_of(ckpt, l):
@@ -283,10 +331,12 @@ def balance(model):
 
 def even_scale(weights):
     """Powers of two (n,), about each column's root mean square over `weights` [(…, n)], the
-    geometric mean of all being 1."""
+    geometric mean of all being 1; 1 for a column of zeros."""
     size = torch.cat([w.float() for w in weights]).square().mean(0).sqrt()
-    size = size.clamp_min(1e-30).log2()
-    return (size - size.mean()).round().exp2()
+    alive = size > 0
+    size = torch.where(alive, size, 1.0).log2()
+    mean = size.sum() / alive.sum().clamp_min(1)
+    return torch.where(alive, (size - mean).round().exp2(), 1.0)
 
 
 def smooth(block, cfg):
@@ -307,25 +357,25 @@ def smooth(block, cfg):
         if name in names:
             found[name] = found.get(name, 1.0) * factor
 
-    def even(layers, G=1, heads=1):
-        # Columns stand as (G, heads, …); all of `heads` are one column, as far as d goes.
-        apart = [names[weight[name]].unflatten(1, (G, heads, -1)) for name in layers]
+    # What makes an input, what reads it; columns (G, heads, …), of which all heads share d.
+    kv = cfg.n_kv_heads
+    inputs = (
+        ("input_layernorm", [f"self_attn.{x}_proj" for x in "qkv"], 1, 1),
+        ("self_attn.v_proj", ["self_attn.o_proj"], kv, cfg.n_heads // kv),
+        ("post_attention_layernorm", ["mlp.gate_proj", "mlp.up_proj"], 1, 1),
+        ("mlp.up_proj", ["mlp.down_proj"], 1, 1),
+    )
+    for maker, readers, G, heads in inputs:
+        if low_rank.isdisjoint(readers):                # of what is dense nothing is packed
+            continue
+        apart = [names[weight[name]].unflatten(1, (G, heads, -1)) for name in readers]
         d = even_scale([w.transpose(1, 2).flatten(0, 1).flatten(1) for w in apart])
         every = d.view(G, 1, -1).expand(-1, heads, -1).flatten()
-        for name in layers:
+        for name in readers:
             multiply(weight[name], 1 / every)
-        return d
-
-    def before(name, d):
-        made = f"{name}.U" if name in low_rank else name
-        multiply(f"{made}.weight", d[:, None])
+        made = f"{maker}.U" if maker in low_rank else maker
+        multiply(f"{made}.weight", d if maker.endswith("norm") else d[:, None])
         multiply(f"{made}.bias", d)
-
-    multiply("input_layernorm.weight", even([f"self_attn.{x}_proj" for x in "qkv"]))
-    G = cfg.n_kv_heads
-    before("self_attn.v_proj", even(["self_attn.o_proj"], G, cfg.n_heads // G))
-    multiply("post_attention_layernorm.weight", even(["mlp.gate_proj", "mlp.up_proj"]))
-    before("mlp.up_proj", even(["mlp.down_proj"]))
     for name, scale in found.items():
         names[name].data.mul_(scale)
     return found

@@ -27,7 +27,8 @@ def header(job, seed):
     dtype = f"{str(job.dtype)[6:]} ({job.why})"
     shares = [f"{share:.2g}" for share in job.ridges.values()]
     ridge = f", ridge {' to '.join(dict.fromkeys(shares))}" if shares else ""
-    how = ", anchored" if job.options.anchored else ""
+    share = job.options.share
+    how = "" if share is None else f", anchored by {share:g}"
     how += ", measured ranks" if job.options.ranks == "auto" else ""
     return (f"{versions}, {where}, {dtype}, seed {seed}{together}\n"
             f"{job.options.method} at rate {job.rate:g}{how}: {blocks}; {tokens} "

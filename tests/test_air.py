@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import air as A
+from calibrate import embed
 from conftest import ROOT, distance, in_process, script
 from model import LAYERS, READS
 from support.checkpoint import Checkpoint
@@ -455,7 +456,8 @@ def test_every_method_reads_both_streams(tiny, windows, tmp_path):
     np.save(tmp_path / "w.npy", windows.numpy())
     dense = dict(A.statistics(ckpt, windows, host, torch.float32, range(2), "kfac"))
     ranks = A.pick_ranks(ckpt, range(2), 0.5)
-    for l, stats in A.anchored_sweep(ckpt, windows, host, torch.float32, range(2), iter(dense.items())):
+    h = embed(ckpt, windows, torch.float32)
+    for l, stats in A.anchored_sweep(ckpt, h, host, range(2), 1.0, iter(dense.items())):
         assert {f"{name}.{what}kfac" for name in LAYERS for what in ("", "B.")} == set(stats)
         for layer in A.layers_of(ckpt, l, stats, ranks, host, 0.0):
             name = layer.name.removeprefix(f"model.layers.{l}.")
@@ -469,7 +471,7 @@ def test_every_method_reads_both_streams(tiny, windows, tmp_path):
     alone = [(method,) for method in A.METHODS if method != "svd"]
     for method, *more in (*alone, ("air", "--delta", "0"), ("air", "--signal", "ones")):
         out = tmp_path / "-".join((method, *more))
-        done = script("air", "--ckpt", tiny, "--method", method, "--stream", "anchored", "--out", out, "--calib",
+        done = script("air", "--ckpt", tiny, "--method", method, "--anchor", "1", "--out", out, "--calib",
                       tmp_path / "w.npy", "--text", "none", "--rate", "0.5", *more)
         assert done.returncode == 0, done.stderr
         made[out.name] = Checkpoint(out)
@@ -480,12 +482,14 @@ def test_every_method_reads_both_streams(tiny, windows, tmp_path):
     assert torch.equal(product("aasvd"), product("svdllm"))
     assert distance(product("air---delta-0"), product("svdllm")) < 1e-3
     assert distance(product("air"), product("svdllm")) > 1e-2 < distance(product("kfac"), product("svdllm"))
-    assert made["air"].raw["air"]["stream"] == "anchored"
-    done = script("air", "--ckpt", tiny, "--method", "svd", "--stream", "anchored", "--out", tmp_path / "no")
-    assert done.returncode == 2 and "reads no inputs" in done.stderr
+    assert made["air"].raw["air"]["anchor"] == 1.0
+    for method, share, said in (("svd", "1", "reads no inputs"), ("air", "1.5", "0 to 1"), ("air", "nan", "0 to 1")):
+        done = script("air", "--ckpt", tiny, "--method", method, "--anchor", share, "--out", tmp_path / "no")
+        assert done.returncode == 2 and said in done.stderr
 
 
-def test_both_streams_are_collected_behind_what_is_decomposed(tiny, windows, tmp_path):
+@pytest.mark.parametrize("share", (1.0, 0.3))
+def test_both_streams_are_collected_behind_what_is_decomposed(tiny, windows, tmp_path, share):
     """Every ΣX̂X̂ᵀ and ΣXX̂ᵀ against two whole models, the second's layers replaced one group at a time."""
     ckpt = Checkpoint(tiny)
     whole, small = ckpt.model(), ckpt.model()
@@ -500,22 +504,24 @@ def test_both_streams_are_collected_behind_what_is_decomposed(tiny, windows, tmp
             model(windows)
         hook.remove()
         return seen[name]
-    for l, stats in A.anchored_sweep(ckpt, windows, torch.device("cpu"), torch.float32, range(2)):
+    for l, stats in A.anchored_sweep(ckpt, embed(ckpt, windows, torch.float32), torch.device("cpu"), range(2), share):
         for solved in A.compress_block(ckpt, l, stats, ranks, options, torch.device("cpu")):
             short = solved.layer.removeprefix(f"model.layers.{l}.")
             if READS[short] == short:
                 x, x_hat = inputs(whole, solved.layer), inputs(small, solved.layer)
                 assert distance(stats[f"{short}.gram"], x_hat.T @ x_hat) < 1e-5, solved.layer
-                assert distance(stats[f"{short}.cross"], x.T @ x_hat) < 1e-5, solved.layer
+                aim = share * x + (1 - share) * x_hat
+                assert distance(stats[f"{short}.cross"], aim.T @ x_hat) < 1e-5, solved.layer
             U, V = (solved.tensors[f"{solved.layer}.{which}.weight"] for which in "UV")
             small.get_submodule(solved.layer).weight.data = U @ V
     for more, how in ((("--stats", tmp_path / "s"), ("--method", "aasvd")),
-                      (("--spill", tmp_path / "s"), ("--stream", "anchored"))):
+                      (("--spill", tmp_path / "s"), ("--anchor", "0"))):
         np.save(tmp_path / "w.npy", windows.numpy())
         done = script("air", "--ckpt", tiny, *how, "--out", tmp_path / "o", *more,
                       "--calib", tmp_path / "w.npy", "--text", "none")
         assert done.returncode == 2 and "without --stats and --spill" in done.stderr
-    done = script("air", "--ckpt", tiny, "--method", "aasvd", "--out", tmp_path / "o", "--calib", tmp_path / "w.npy",
+    how = ("aasvd",) if share == 1.0 else ("svdllm", "--anchor", share)
+    done = script("air", "--ckpt", tiny, "--method", *how, "--out", tmp_path / "o", "--calib", tmp_path / "w.npy",
                   "--text", "none", "--ridge", "0", "--rate", "0.5")
     assert done.returncode == 0, done.stderr
     written = Checkpoint(tmp_path / "o")

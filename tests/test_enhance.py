@@ -2,6 +2,7 @@
 import copy
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -30,13 +31,14 @@ from enhance.refine import Pairs, Recipe, refine_block
 from enhance.retrain import Loss
 from eval_ppl import evaluate, evaluation_windows
 from experiments import scale
+from experiments.stack import block_tensors
 from generate import Decoder, generate
 from model import Llama, LowRank, rope
 from support import export
 from support.checkpoint import Checkpoint, TensorFolder, Writer
 from support.config import parse_config
-from support.enhance import (Course, Task, balance, code_of, dense_of, learn, linear_at, own, rate_at,
-                             smooth, warm_up_of)
+from support.enhance import (Course, Task, balance, code_of, dense_of, even_scale, learn, linear_at, own, rate_at,
+                             smooth, split, warm_up_of)
 from support.packed import WIDTHS, pack, unpack, widen
 from support.script import InputError, run
 from support.texts import instruction_rows
@@ -161,8 +163,10 @@ def test_the_dense_model_is_found_and_another_refused(made, tmp_path):
 def test_bad_input_is_one_sentence_and_nothing_is_written(made, tmp_path, name):
     small, dense, usual = made
     for start, more, said in ((dense, (), "is dense"), (tmp_path / "none", (), "does not exist"),
-                              (small, ("--samples", "1"), "2 or more"), (small, ("--calib", "x.txt"), "x.txt"),
-                              (small, ("--out", small), "already exists")):
+                              (small, ("--calib", "x.txt"), "x.txt"), (small, ("--out", small), "already exists"),
+                              # What learns holds one out, at no dtype in which gradients vanish.
+                              *([(small, ("--samples", "1"), "2 or more"), (small, ("--dtype", "float16"), "bfloat16")]
+                                if name != "quantize" else [])):
         done = enhance(name, start, tmp_path / "o", *usual, *more)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "o").exists() and not (tmp_path / "o.partial").exists()
@@ -310,24 +314,37 @@ def test_the_gradient_of_a_blocks_error_equals_finite_differences(made):
         block.zero_grad()
 
 
-def test_a_batch_in_parts_is_one_step_of_adamw_written_out(made, monkeypatch):
+def test_a_course_is_adamw_written_out(made, monkeypatch):
+    """Twelve steps in float64, a batch in parts: moments, decay beside the gradient, clipping, warm-up and cosine."""
     small, dense, _ = made
-    block = Checkpoint(small).block(0, CPU, FP32).requires_grad_(True)
+    block = Checkpoint(small).block(0, CPU, FP32).double().requires_grad_(True)
     monkeypatch.setattr(refine_file, "MICRO_BATCH", 32)             # two of three windows
-    x = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0))
-    angles = rope(block.cfg, 16)
-    y = Checkpoint(dense).block(0, CPU, FP32)(x, angles)
+    x = 3 * torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    angles = tuple(each.double() for each in rope(block.cfg, 16))
+    y = 100 * Checkpoint(dense).block(0, CPU, FP32).double()(x, angles)
     by_hand = copy.deepcopy(block)
     balance(by_hand)
-    optimizer = torch.optim.AdamW(by_hand.parameters(), 1e-3, weight_decay=0.01)
-    (by_hand(x, angles) - y).square().mean().backward()
-    torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
-    optimizer.step()
-    how = Recipe(1, 1e-3, 0.01, 8, "squared", angles, FP32, dict.fromkeys(block.state_dict(), FP32))
+    m, v = ({name: 0 for name, _ in by_hand.named_parameters()} for _ in range(2))
+    epochs, lr, decay = 12, 1e-2, 0.3
+    norms = []
+    for t in range(epochs):
+        (by_hand(x, angles) - y).square().mean().backward()
+        norms.append(math.sqrt(sum(p.grad.square().sum() for p in by_hand.parameters())))
+        now = lr if t < 1 else lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (t - 1) / (epochs - 1))))
+        with torch.no_grad():
+            for name, p in by_hand.named_parameters():
+                g = p.grad * min(1.0, 1 / (norms[-1] + 1e-6))
+                m[name] = 0.9 * m[name] + 0.1 * g
+                v[name] = 0.999 * v[name] + 0.001 * g * g
+                step = m[name] / (1 - 0.9**(t + 1)) / (v[name] / (1 - 0.999**(t + 1))).sqrt().add(1e-15)
+                p.copy_((1 - now * decay) * p - now * step)
+                p.grad = None
+    assert min(norms) > 1                                           # it was clipped
+    how = Recipe(epochs, lr, decay, 8, "squared", angles, FP32, dict.fromkeys(block.state_dict(), torch.float64))
     found = refine_block(block, Pairs(x, y), Pairs(x, y), how, 0)
-    assert found["epoch"] == 1 and found["after"] < found["before"]
+    assert found["epoch"] == epochs and found["after"] < found["before"]
     for (name, a), b in zip(block.named_parameters(), by_hand.parameters()):
-        assert torch.allclose(a, b, atol=1e-6), name
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9), name
 
 
 def test_what_would_be_worse_is_not_kept_and_no_epoch_changes_no_bit(made, tmp_path):
@@ -373,12 +390,77 @@ def test_refinement_lowers_the_error_of_the_last_block_and_goes_on_after_a_kill(
     killed = subprocess.run([sys.executable, "-c", code, "refine.py", "--ckpt", small, "--out", tmp_path / "parts",
                              "--text", "none", *map(str, more)], capture_output=True, text=True)
     assert killed.returncode == 9 and not (tmp_path / "parts").exists()
+    for option, value in (("lr", "1e-3"), ("epochs", "5"), ("batch", "3"), ("error", "relative"), ("seed", "4")):
+        other = enhance("refine", small, tmp_path / "parts", *more, f"--{option}", value)
+        assert other.returncode == 2 and "was made with another" in other.stderr and f"{option} (" in other.stderr
     done = enhance("refine", small, tmp_path / "parts", *more)
     assert "going on: 1 of 2" in done.stderr
     whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
     other = enhance("refine", small, tmp_path / "whole", "--overwrite", *more, "--lr", "0.9")
     assert other.returncode == 0                        # nothing of another run lies in the way
+
+
+def test_a_block_learns_the_dense_stream_from_the_compressed_one(made, windows, monkeypatch):
+    """X̂ and f(X) of block 1 against two whole models, the first's block 0 refined."""
+    small, dense, _ = made
+    ckpt, whole = Checkpoint(small), Checkpoint(dense)
+    seen = []
+    real = refine_block
+    monkeypatch.setattr(refine_file, "refine_block", lambda block, pairs, held, *a: seen.append(
+        [each.clone() for each in (*pairs, *held)]) or real(block, pairs, held, *a))
+    task = task_of(ckpt, windows, epochs=2, lr=1e-2, weight_decay=0.01, batch=4, error="squared")
+    (_, first, _), _ = refine_file.refine(task, whole, lambda l: None)
+    models = [ckpt.model(CPU, FP32), whole.model(CPU, FP32)]
+    models[0].load_state_dict(models[0].state_dict() | first)
+    with torch.no_grad():
+        for l in (0, 1):
+            for model, which, at in ((models[0], 0, l), (models[1], 1, l + 1)):
+                for ids, x in ((windows, seen[l][which]), (task.held, seen[l][2 + which])):
+                    assert distance(x, output_of(model, at - 1, ids)) < 1e-5, (l, which)
+    assert distance(output_of(models[0], 0, windows), output_of(ckpt.model(CPU, FP32), 0, windows)) > 1e-3
+
+
+def output_of(model, l, ids):
+    """The output of block l of a whole model; -1: the embeddings."""
+    if l < 0:
+        return F.embedding(ids, model.model.embed_tokens.weight)
+    seen = []
+    hook = model.model.layers[l].register_forward_hook(lambda *a: seen.append(a[2]))
+    with torch.no_grad():
+        model(ids)
+    hook.remove()
+    return seen[0]
+
+
+# -------------------------------------------------------------------------------- held out
+def test_held_out_windows_share_no_text_with_what_is_learnt_from(made, tmp_path):
+    """On a text in which random windows overlap, and on one too short for any other."""
+    small, _, usual = made
+    text = torch.randint(0, 64, (4000,), generator=torch.Generator().manual_seed(0))
+    starts = [0, 100, 200, 300, 400, 500, 600, 10, 668, 1000, 1600]        # the eighth overlaps the first
+    drawn = torch.stack([text[i:i + 100] for i in starts])
+    learnt, held = split(drawn[:8], drawn[8:])
+    assert torch.equal(learnt, drawn[:7]) and torch.equal(held, drawn[9:10])        # 668 to 700 is the seventh's
+    assert torch.equal(split(drawn[:8])[1], drawn[7:8])                     # rows, which are none of a text
+    assert torch.equal(split(drawn[:8], drawn[:0])[1], drawn[7:8])          # there is no other
+    assert torch.equal(split(drawn[8:], drawn[:0])[1], drawn[10:])
+    np.save(tmp_path / "short.npy", text[:300].numpy().astype(np.int64))
+    args = ("--calib", tmp_path / "short.npy", "--samples", "16", "--seqlen", "60", "--epochs", "1")
+    done = enhance("refine", small, tmp_path / "o", *usual, *args)
+    assert "every held-out window overlaps" in done.stderr and "14 + 2 held out" in done.stderr
+    np.save(tmp_path / "long.npy", text.numpy().astype(np.int64))
+    args = ("--calib", tmp_path / "long.npy", "--samples", "16", "--seqlen", "60", "--epochs", "1")
+    done = enhance("refine", small, tmp_path / "p", *usual, *args)
+    assert "overlaps" not in done.stderr and " held out" in done.stderr
+    done = enhance("quantize", small, tmp_path / "q", *usual, "--samples", "1")     # holds none out
+    assert done.returncode == 0 and "quantize of small: 1 x 16 tokens" in done.stderr
+
+
+def test_a_weight_without_a_teacher_is_refused(made, tmp_path):
+    small, _, usual = made
+    done = enhance("retrain", small, tmp_path / "o", *usual, "--weight", "0.9")
+    assert done.returncode == 2 and "--teacher" in done.stderr and not (tmp_path / "o").exists()
 
 
 # -------------------------------------------------------------------------------- retraining
@@ -636,7 +718,13 @@ def test_rows_without_room_for_an_answer_are_left_out_and_counted(made, tmp_path
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     ids = lora_file.instructions(str(tmp_path / "rows.json"), ckpt, room)
     assert ids.shape == (3, room) and (ids[:, 1:] >= 0).any(1).all()
-    assert "2 of 5 rows" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "2 of 5 rows" in said and "end at" not in said
+    # An answer that is cut is counted, one that ends with the last token is not.
+    long = [{"instruction": "a", "output": "b" * n} for n in (18, 19, 80)]
+    (tmp_path / "long.json").write_text(json.dumps(long))
+    assert lora_file.instructions(str(tmp_path / "long.json"), ckpt, room).shape == (3, room)
+    assert f"2 of 3 answers of {tmp_path / 'long.json'} end at {room} tokens" in capsys.readouterr().err
     # Within the context, where no length is given; a run with too few is refused in one more sentence.
     for context, wanted in ((40, 40), (5000, 256)):
         ckpt.cfg = replace(ckpt.cfg, context=context)
@@ -787,6 +875,50 @@ def test_a_smoothed_result_has_lost_less_and_its_norms_carry_the_scales(start, t
     # What reads a quantized result reads this one: the norms are of the packed factors.
     again = enhanced("quantize", tmp_path / "4('--smooth',)", tmp_path / "again", *usual, "--bits", 8)
     assert distance(again.model()(windows), Checkpoint(tmp_path / "4('--smooth',)").model()(windows)) < 0.05
+
+
+def test_smoothing_leaves_dense_blocks_and_dead_columns_alone(start, tmp_path):
+    ckpt, usual = uneven(tmp_path, start)
+    done = in_process(air, "--ckpt", tmp_path / "uneven", "--rate", "0.5", "--out", tmp_path / "one", "--text", "none",
+                      *usual, "--layers", "0:1")
+    assert done.returncode == 0, done.stderr
+    made = enhanced("quantize", tmp_path / "one", tmp_path / "q", *usual, "--smooth")
+    before = Checkpoint(tmp_path / "one")
+    for name in [name for name in before.names if "layers.1." in name]:
+        assert torch.equal(made.tensor(name), before.tensor(name)), name
+    # A dead column has no size: the others' scales are what they are without it.
+    w = torch.randn(9, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 8.0, 64.0, 1.0, 8.0, 64.0])
+    dead = torch.cat((w, torch.zeros(9, 3)), 1)
+    assert torch.equal(even_scale([dead]), torch.cat((even_scale([w]), torch.ones(3))))
+    assert torch.equal(even_scale([torch.zeros(4, 3)]), torch.ones(3))
+
+
+def test_a_block_is_quantized_behind_the_quantized_ones(made, windows, monkeypatch):
+    """Block 1's input against a whole model whose block 0 is unpacked."""
+    small, _, _ = made
+    ckpt = Checkpoint(small)
+    seen = []
+    real = quantize_file.quantize_block
+    monkeypatch.setattr(quantize_file, "quantize_block",
+                        lambda block, h, *a: seen.append(h.clone()) or real(block, h, *a))
+    options = {"bits": 3, "group": 0, "rounding": "gptq", "smooth": False}
+    task = task_of(ckpt, windows, windows[:0], **options)
+    (_, first, _), _ = quantize_file.quantize(task, lambda l: None)
+    model = ckpt.model(CPU, FP32)
+    before = output_of(model, 0, windows)
+    model.load_state_dict(model.state_dict() | block_tensors(ckpt, 0, first, options))
+    assert distance(seen[0], output_of(model, -1, windows)) < 1e-6
+    assert distance(seen[1], output_of(model, 0, windows)) < 1e-5 < 1e-3 < distance(seen[1], before)
+
+
+@pytest.mark.parametrize("dead", (0, 2))
+def test_gptqs_hessian_is_of_any_scale(dead):
+    g = torch.Generator().manual_seed(dead)
+    X = torch.randn(24, 400, generator=g)
+    X[:dead] = 0
+    W = torch.randn(10, 24, generator=g)
+    codes = [gptq(W, X @ X.T * scale, 4, 0, FP32)[0] for scale in (1.0, 1e-8, 1e8)]
+    assert torch.equal(codes[0], codes[1]) and torch.equal(codes[0], codes[2])
 
 
 def test_inputs_of_u_come_through_the_quantized_v(made):
