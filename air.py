@@ -797,27 +797,36 @@ def make_plan(job, need):
     signal = job.options.backward
     shape = job.windows.shape
     plan = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, signal)
-    plan.seconds["solve"] *= max(1, job.options.sweeps)
+    _, delta = job.options.weights()
+    if delta is not None:
+        plan.seconds["solve"] += job.options.sweeps * plan.als
     if job.options.share is not None:
-        # Two streams, each through its block once for every input and once to go on; before
-        # them, the dense model's own sweeps, of which all but the inputs is held.
+        # Two streams, each up to every input of a block and once through it; before them, the
+        # dense model's own sweeps, of which all but the inputs is held.
         one = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, None)
-        plan.seconds["solve"] += 10 * one.seconds["forward sweep"]
+        plan.seconds["solve"] += 5 * one.seconds["forward sweep"]
         if not signal:
             plan.seconds["forward sweep"] = 0.0
         plan.inputs += plan.held["one input"]
         plan.inputs += plan.held["statistics"] - plan.held["gram"]
     if job.options.ranks == "auto":
         # One sweep and one solve more, and the factors at rate 1, which are held.
+        # Every process has all of them and searches.
+        _, world = large.processes()
         first = large.make_plan(job.ckpt.cfg, job.cut, shape, job.device, job.dtype, "kfac")
+        sweep = first.seconds["forward sweep"] + first.seconds["backward sweep"]
+        first.seconds["solve"] *= world
         plan.add(first, same=signal == "kfac")
         # Steps of the search: there and back through the model over a few windows.
-        sweep = first.seconds["forward sweep"] + first.seconds["backward sweep"]
-        plan.seconds["search"] = by_measurement.USUAL * sweep * len(job.held) / len(job.windows)
-        plan.solving += sum(m * n for m, n, _ in job.cut.values()) * job.ckpt.dtype.itemsize
+        steps = by_measurement.USUAL * len(job.held) / len(job.windows)
+        plan.seconds["search"] = steps * sweep * world
+        factors = sum(m * n for m, n, _ in job.cut.values()) * job.ckpt.dtype.itemsize
+        plan.solving += factors * world
     # Only a way back needs the inputs again.
     spill = job.spill if signal or job.options.ranks == "auto" else None
-    plan.place((f"{job.out}.partial", need), spill, job.stats)
+    reads_any = METHODS[job.options.method].reads != "nothing" or job.options.ranks == "auto"
+    kinds = {"gram", signal, "kfac" if job.options.ranks == "auto" else signal}
+    plan.place((f"{job.out}.partial", need), spill, job.stats if reads_any else None, kinds)
     plan.check()
     return plan
 

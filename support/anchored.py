@@ -7,12 +7,17 @@ then gate and up, then down, each with fresh statistics. Source: Sinha and Fleur
 anchor is X alone; share·X + (1 − share)·X̂ does not chase all that was lost.
 """
 import copy
+from types import SimpleNamespace
 
 import torch
 
-from calibrate import add, block_forward, recording
+from calibrate import add, block_forward
 from model import INPUTS, PLAIN, LowRank, rope, wide
 from support.progress import told
+
+
+class Reached(Exception):
+    """The input of a layer, on the way through its block."""
 
 
 class Streams(dict):
@@ -54,10 +59,19 @@ class Streams(dict):
                                "overflowed; use bfloat16 or float32")
 
     def inputs(self, block, h, reader):
-        """What layer `reader` of a block reads, h (B, T, dim) being the block's input."""
-        seen = {}
-        block(h.to(self.angles[0].device), self.angles, recording(PLAIN, seen))
-        return wide(seen[block.get_submodule(reader)]).flatten(0, -2)       # (tokens, n)
+        """What layer `reader` of a block reads, (tokens, n), h (B, T, dim) being the block's
+        input."""
+        layer = block.get_submodule(reader)
+
+        def linear(each, x):
+            if each is layer:
+                raise Reached(x)                        # what lies behind it is not computed
+            return PLAIN.linear(each, x)
+        try:
+            block(h.to(self.angles[0].device), self.angles,
+                  SimpleNamespace(**vars(PLAIN) | {"linear": linear}))
+        except Reached as found:
+            return wide(found.args[0]).flatten(0, -2)
 
     @torch.no_grad()
     def replace(self, name, U, V):

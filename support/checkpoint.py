@@ -222,6 +222,7 @@ class Checkpoint:
         self.folder = path if path.is_dir() else path.parent
         self.path = path.resolve()
         self.name = name_of(path)
+        self.printed = None                             # (tensors, their `fingerprint`)
         check_readable(self.folder / "config.json")
         if not (self.folder / "config.json").is_file():
             raise InputError(f"{self.folder} has no config.json; "
@@ -318,18 +319,18 @@ class Checkpoint:
                              "shards as their folder")
 
     def fingerprint(self):
-        """SHA-256 (hex) that tells one checkpoint from another.
+        """SHA-256 (hex) of config.json and of every tensor: name, shape, dtype and numbers.
 
-        Over config.json and of every tensor its name, shape, dtype and its first and last
-        2,048 numbers: a change between them goes unnoticed.
+        About 10 seconds for the 13.5 GB of LLaMA-7B; once for the same tensors.
         """
-        digest = hashlib.sha256(json.dumps(self.raw, sort_keys=True).encode())
-        for name in self.names:
-            stored = self.tensors[name]
-            w = stored.read().flatten()
-            ends = torch.cat((w[:2048], w[-2048:])).float()
-            digest.update(f"{name}{stored[:2]}".encode() + ends.numpy().tobytes())
-        return digest.hexdigest()
+        if self.printed is None or self.printed[0] is not self.tensors:
+            digest = hashlib.sha256(json.dumps(self.raw, sort_keys=True).encode())
+            for name in self.names:
+                stored = self.tensors[name]
+                digest.update(f"{name}{stored[:2]}".encode())
+                digest.update(stored.read().contiguous().flatten().view(torch.uint8).numpy())
+            self.printed = self.tensors, digest.hexdigest()
+        return self.printed[1]
 
     def parameters(self):
         """How many there are, from the shapes in the files."""
@@ -585,8 +586,11 @@ class Writer:
         """Remove what a run that was killed left, unless this one goes on from there. Raises
         InputError for a folder that no run left."""
         path = self.partial / "manifest.json"
-        manifest = path.exists() and read_json(path).keys() >= {"facts", "files"}
-        if self.hold and not (self.keep and manifest):
+        found = read_json(path) if path.exists() else {}
+        manifest = found.keys() >= {"facts", "files"}
+        # Parts that were not to be kept are none to go on from.
+        kept = manifest and found["facts"].get("kept")
+        if self.hold and not (self.keep and kept):
             others = [path.name for path in self.partial.iterdir()
                       if not (manifest or re.fullmatch(FIRST_PARTS, path.name))]
             if others:

@@ -219,6 +219,8 @@ class Kept:
         if signal and self.spill:
             self.inputs.remove()
         if self.stored:
+            if self.stored.hold:
+                self.stored.forget(self.gradients())
             self.stored.release()
 
     def open(self, ckpt, windows, dtype, blocks, signal):
@@ -239,8 +241,9 @@ class Kept:
         if self.folder:
             self.stored = TensorFolder(self.folder, facts)
             self.had = dict(self.stored.files)
-            # Statistics that are whole are only read, by any number of runs.
-            if rank == 0 and not all(self.complete(l) for l in blocks):
+            # Statistics that are whole are only read, by any number of runs; a killed one may
+            # have left gradients.
+            if rank == 0 and (self.gradients() or not all(self.complete(l) for l in blocks)):
                 self.stored.keep_others_out()
                 self.had = dict(self.stored.files)
         if signal and self.spill:
@@ -253,6 +256,11 @@ class Kept:
     def gradient(self, l):
         """The file of the gradient at block l's output."""
         return f"gradient_{l:03}.{self.signal}.safetensors"
+
+    def gradients(self):
+        """Names of the files of gradients that lie there."""
+        found = self.stored.path.glob(f"gradient_*.{self.signal}.safetensors")
+        return [path.name for path in found]
 
     def complete(self, l):
         return all(self.file(l, kind) in self.had for kind in self.kinds)
@@ -445,6 +453,7 @@ class Plan:
 
     device: torch.device
     seconds: dict               # {"forward sweep", "backward sweep", "solve", …: seconds}
+    als: float                  # seconds of an ALS sweep, which is in none of them
     rates: tuple                # what machine_rates measured
     held: dict                  # {what: bytes}, of `costs`
     inputs: float               # bytes of block inputs in the host's memory
@@ -453,15 +462,16 @@ class Plan:
     widest: int                 # inputs of the widest layer
     disk: dict = field(default_factory=dict)    # {what: (folder, bytes)}
 
-    def place(self, result, inputs=None, statistics=None):
-        """Place on disk the result (folder, bytes), inputs and statistics (folders)."""
+    def place(self, result, inputs=None, statistics=None, kinds=None):
+        """Place on disk the result (folder, bytes), inputs and statistics (folders), of which
+        `kinds` are read."""
         self.disk["result"] = result
         if inputs:
             self.disk["inputs"] = inputs, self.held["inputs"]
             # One is read while the next is made.
             self.inputs = 2 * self.held["one input"]
         if statistics:
-            self.disk["statistics"] = statistics, self.held["statistics"]
+            self.disk["statistics"] = statistics, self.held["statistics"], kinds
 
     def add(self, other, same):
         """A sweep and solve that come before: their time, and their memory where that is
@@ -516,7 +526,7 @@ class Plan:
         parts = [f"{(self.inputs + self.solving) / 1e9:.2f} GB of memory"]
         if self.device.type == "cuda":
             parts.append(f"{self.held['block'] / 1e9:.2f} GB on the GPU")
-        for what, (_, size) in self.disk.items():
+        for what, (_, size, *_) in self.disk.items():
             parts.append(f"{what} {size / 1e9:.2f} GB")
         flops, _, moved = self.rates
         minutes = sum(self.seconds.values()) / 60
@@ -540,7 +550,8 @@ def make_plan(cfg, cut, windows, device, dtype, signal):
     else:
         forward += takes["ΣXXᵀ"]
     seconds = {"forward sweep": forward, "backward sweep": backward,
-               "solve": takes["Cholesky and SVD"] + takes["ALS"]}
+               "solve": takes["Cholesky and SVD"]}
     solving = held["block"] * world if device.type == "cpu" else 0
     widest = max(n for _, n, _ in cut.values())
-    return Plan(device, seconds, rates, held, held["inputs"], solving, windows, widest)
+    return Plan(device, seconds, takes["ALS"], rates, held, held["inputs"], solving, windows,
+                widest)

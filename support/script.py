@@ -102,7 +102,19 @@ def free_bytes(device):
             available = next(line for line in f if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
-    return 1024 * int(available.split()[1])
+    return min(1024 * int(available.split()[1]), container_bytes())
+
+
+def container_bytes(folder=Path("/sys/fs/cgroup")):
+    """What a container's limit (cgroup v2) leaves, in bytes; ∞ without one. Pages of files
+    can be had."""
+    try:
+        limit, used, statistics = ((folder / f"memory.{name}").read_text()
+                                   for name in ("max", "current", "stat"))
+        files = next(line for line in statistics.splitlines() if line.startswith("file "))
+        return int(limit) - int(used) + int(files.split()[1])
+    except (OSError, ValueError, StopIteration):        # "max": there is no limit
+        return math.inf
 
 
 def denied(path, what="read"):
@@ -220,16 +232,28 @@ def peak_memory():
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def check_space(*needs):
-    """Raise InputError when a disk lacks space for its `needs`, (folder, bytes) each.
+def finished_bytes(folder, kinds=None):
+    """Of the files that manifests in a folder, or in one of its, name; of `kinds`, words of
+    their names between dots, all where None."""
+    total = 0
+    for manifest in (*folder.glob("manifest.json"), *folder.glob("*/manifest.json")):
+        for name in read_json(manifest).get("files", ()):
+            path = manifest.parent / name
+            if path.is_file() and (kinds is None or kinds & set(name.split("."))):
+                total += path.stat().st_size
+    return total
 
-    What lies in a folder already is not asked for again.
+
+def check_space(*needs):
+    """Raise InputError when a disk lacks space for its `needs`, (folder, bytes) each, with a
+    third where not all that lies there is of use: the `kinds` that are.
+
+    What an earlier run has finished in a folder is not asked for again.
     """
     disks = {}                              # {device number: bytes needed on it}
-    for place, need in needs:
-        # Finished parts of an earlier run need no more space.
+    for place, need, *kinds in needs:
         folder = Path(place)
-        there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        there = finished_bytes(folder, *kinds)
         # The folder may not exist yet: its disk is that of the nearest parent that does.
         parents = (folder.resolve(), *folder.resolve().parents)
         nearest = next(path for path in parents if path.exists())
@@ -238,8 +262,8 @@ def check_space(*needs):
         disks[disk] = disks.get(disk, 0) + max(0, need - there)
         free = shutil.disk_usage(nearest).free
         if free < disks[disk]:
-            raise InputError(f"{nearest} has {free / 1e9:.2f} GB free, "
-                             f"{disks[disk] / 1e9:.2f} GB are needed; "
+            raise InputError(f"{nearest} has {free / 1e9:.3f} GB free, "
+                             f"{disks[disk] / 1e9:.3f} GB are needed; "
                              "make space or use another disk")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from support.config import own_defaults
-from support.script import ROOT, InputError, check_readable, denied, sha256
+from support.script import ROOT, InputError, check_readable, denied, sha256, write_whole
 
 # ------------------------------------------------------------ the library's source
 NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages",
@@ -85,7 +85,8 @@ def fetch(url, path):
     Raises OSError, HTTPException.
     """
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".part")
+    # Its own for each process: torchrun's fetch at once.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     print(f"fetching {url}", file=sys.stderr)
     try:
         with (urllib.request.urlopen(url, timeout=30) as response,
@@ -126,7 +127,8 @@ def download(name, source=None, instead="a text that needs no network: stdlib, o
     if found != wanted:
         raise InputError(f"{path} has SHA-256 {found}, expected {wanted}; "
                          "delete it, and it is fetched again")
-    kept.write_text(found + "\n")
+    if not pinned and not kept.exists():
+        write_whole(kept, found + "\n")
     return path
 
 

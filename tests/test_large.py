@@ -1,6 +1,7 @@
 """large.py and what rests on it: block inputs on disk, several processes, interruptions."""
 import dataclasses
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -13,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 import air
+import support.script
 from support import large
 from conftest import ROOT, TINY, distance, write_checkpoint
 from model import LAYERS, Llama
 from support.checkpoint import Checkpoint, TensorFolder
 from support.config import parse_config
-from support.script import InputError, check_space
+from support.script import InputError, check_space, container_bytes, free_bytes
 
 AIR = (sys.executable, str(ROOT / "air.py"))
 
@@ -311,11 +313,69 @@ def test_the_plan_is_printed_and_refused(job, tmp_path, monkeypatch):
 def test_what_lies_on_one_disk_is_added_up_and_what_is_there_is_not_asked_for_again(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 1000))
     check_space((tmp_path / "a", 600), (tmp_path / "b", 400))
-    with pytest.raises(InputError, match="0.00 GB free"):
+    with pytest.raises(InputError, match="0.000 GB free"):
         check_space((tmp_path / "a", 600), (tmp_path / "b", 500))
     (tmp_path / "b" / "0of1").mkdir(parents=True)
     (tmp_path / "b" / "0of1" / "input_000.safetensors").write_bytes(b"x" * 100)
+    (tmp_path / "b" / "0of1" / "manifest.json").write_text(
+        '{"files": {"input_000.safetensors": {}, "gone.safetensors": {}}}')
     check_space((tmp_path / "a", 600), (tmp_path / "b", 500))
+    # Another's files, links to nothing and statistics that are not read leave nothing to spare.
+    for place in (tmp_path / "b" / "other", tmp_path / "b" / "hub" / "some"):
+        place.mkdir(parents=True)
+        (place / "model.safetensors").write_bytes(b"x" * 500)
+        (place / "dangling.safetensors").symlink_to(place / "none")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "block_000.lrp.safetensors").write_bytes(b"x" * 300)
+    (tmp_path / "s" / "block_000.gram.safetensors").write_bytes(b"x" * 50)
+    (tmp_path / "s" / "manifest.json").write_text(
+        '{"files": {"block_000.lrp.safetensors": {}, "block_000.gram.safetensors": {}}}')
+    for needs in (((tmp_path / "b", 1101),), ((tmp_path / "s", 1051, {"gram", "fisher"}),)):
+        with pytest.raises(InputError, match="0.000 GB free"):
+            check_space(*needs)
+    check_space((tmp_path / "b", 1100))
+    check_space((tmp_path / "s", 1050, {"gram", "fisher"}))
+    check_space((tmp_path / "s", 1350, {"gram", "lrp"}))
+
+
+def test_a_containers_limit_is_the_memory_that_is_free(tmp_path, monkeypatch):
+    host = torch.device("cpu")
+    whole = free_bytes(host)
+    assert container_bytes(tmp_path) == math.inf                        # no cgroup v2
+    for name, text in (("max", "max\n"), ("current", "700\n"), ("stat", "anon 400\nfile 300\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert container_bytes(tmp_path) == math.inf
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert container_bytes(tmp_path) == 600
+    monkeypatch.setattr(support.script, "container_bytes", lambda: 600)
+    assert free_bytes(host) == 600 < whole
+
+
+def test_what_a_run_does_not_do_is_not_planned(demo_job):
+    """ALS where the method sweeps, once a sweep; no statistics on disk for plain SVD."""
+    seconds = {}
+    for how in ((), ("--sweeps", "3"), ("--sweeps", "0"), ("--method", "svdllm"), ("--method", "kfac")):
+        plan = demo_job(*how)
+        seconds[how] = plan.seconds["solve"], plan.als
+    base, als = seconds["--sweeps", "0"]
+    for how, times in (((), 1), (("--sweeps", "3"), 3), (("--sweeps", "0"), 0), (("--method", "svdllm"), 0),
+                       (("--method", "kfac"), 0)):
+        assert math.isclose(seconds[how][0], base + times * als), how
+    assert "statistics" not in demo_job("--method", "svd", "--stats", "s").disk
+    assert "statistics" in demo_job("--method", "svdllm", "--stats", "s").disk
+
+
+@pytest.fixture
+def demo_job(tmp_path, monkeypatch):
+    """The plan of a run of air.py with these arguments, at fixed rates of the machine."""
+    monkeypatch.setattr(large, "machine_rates", lambda device, dtype: (1e11, 1e11, 1e10))
+    monkeypatch.chdir(tmp_path)
+
+    def plan(*arguments):
+        monkeypatch.setattr(sys, "argv", ["air.py", "--ckpt", str(ROOT / "demo"), "--text", "none", "--samples", "2",
+                                          *arguments])
+        return air.make_plan(air.prepare(air.parse_arguments()), 0)
+    return plan
 
 
 # ---- several processes
