@@ -321,7 +321,7 @@ class Checkpoint:
     def fingerprint(self):
         """SHA-256 (hex) of config.json and of every tensor: name, shape, dtype and numbers.
 
-        About 10 seconds for the 13.5 GB of LLaMA-7B; once for the same tensors.
+        Reads all of it, a second a GB or so; once for the same tensors.
         """
         if self.printed is None or self.printed[0] is not self.tensors:
             digest = hashlib.sha256(json.dumps(self.raw, sort_keys=True).encode())

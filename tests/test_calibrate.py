@@ -1,5 +1,8 @@
 """calibrate.py: texts, windows, Gram matrices."""
+import hashlib
+import io
 import json
+import os
 import shutil
 
 import numpy as np
@@ -129,6 +132,26 @@ def test_a_download_that_changed_is_refused(tmp_path, monkeypatch):
     (tmp_path / name).write_bytes(b"two")
     with pytest.raises(InputError, match="SHA-256"):
         T.download(name)
+
+
+def test_processes_that_fetch_at_once_do_not_take_each_others_files(tmp_path, monkeypatch):
+    """Each has a partial file of its own; one that is there and right is only read."""
+    monkeypatch.setattr(T, "DATA", tmp_path)
+    content = b"x" * 100_000
+    source = ("http://nowhere/t.zip", hashlib.sha256(content).hexdigest())
+
+    class Slow(io.BytesIO):
+        headers = {}
+
+        def read(self, n=-1):
+            if self.tell() and os.getpid() == 1:            # the second one, half way through the first
+                monkeypatch.setattr(os, "getpid", lambda: 2)
+                assert T.download("t.zip", source).read_bytes() == content
+            return super().read(min(n, 50_000) if n > 0 else n)
+    monkeypatch.setattr(T.urllib.request, "urlopen", lambda *a, **_: Slow(content))
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert T.download("t.zip", source).read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["t.zip"]      # nor is a pinned sum kept beside it
 
 
 def test_jsonl_keeps_unusual_line_breaks_and_names_the_bad_line(tmp_path):

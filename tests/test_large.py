@@ -11,14 +11,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import air
 import support.script
-from support import large
+from support import checkpoint, large
 from conftest import ROOT, TINY, distance, write_checkpoint
 from model import LAYERS, Llama
-from support.checkpoint import Checkpoint, TensorFolder
+from support.checkpoint import Checkpoint, TensorFolder, Writer
 from support.config import parse_config
 from support.script import InputError, check_space, container_bytes, free_bytes
 
@@ -169,6 +169,50 @@ def test_finished_blocks_are_not_thrown_away(job, tmp_path, monkeypatch):
     assert finish(*job, *extra)[0] == 0
 
 
+def test_a_killed_run_that_kept_nothing_begins_anew_with_stats(job, tmp_path, monkeypatch):
+    """Its parts, not to be kept, are none to go on from, nor in the way."""
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *a, **_: None)          # kill -9 clears nothing up
+    monkeypatch.setattr(Writer, "__exit__", lambda *a: None)
+    stopped(monkeypatch, job, ["--out", tmp_path / "o", "--quiet"], 2)
+    monkeypatch.undo()
+    assert list((tmp_path / "o.partial").glob("model-block*"))
+    code, _, err = finish(*job, "--out", tmp_path / "o", "--stats", tmp_path / "s")
+    assert code == 0, err
+    assert finish(*job, "--out", tmp_path / "p")[0] == 0
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in "op")
+    assert one == other
+
+
+def test_gradients_of_a_run_killed_at_its_end_are_cleared_up(job, tmp_path):
+    """Whether its manifest names them or not; another signal's are left to that."""
+    extra = ("--out", tmp_path / "o", "--overwrite", "--stats", tmp_path / "s")
+    assert finish(*job, *extra)[0] == 0
+    for name in ("gradient_000.lrp", "gradient_001.lrp", "gradient_001.fisher"):
+        save_file({"g": torch.zeros(3)}, tmp_path / "s" / f"{name}.safetensors")
+    found = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    found["files"]["gradient_000.lrp.safetensors"] = {"sha256": "", "note": None}
+    (tmp_path / "s" / "manifest.json").write_text(json.dumps(found))
+    assert finish(*job, *extra)[0] == 0
+    assert [path.name for path in (tmp_path / "s").glob("gradient*")] == ["gradient_001.fisher.safetensors"]
+    assert "gradient" not in (tmp_path / "s" / "manifest.json").read_text()
+
+
+def test_statistics_are_of_every_number_of_a_checkpoint(job, tmp_path):
+    """A pruned head, in the middle of a tensor: an ordinary variant of a model."""
+    extra = ("--out", tmp_path / "o", "--overwrite", "--stats", tmp_path / "s")
+    assert finish(*job, *extra)[0] == 0
+    ckpt = Checkpoint(job[1])
+    before = ckpt.fingerprint()
+    path = ckpt.files[0]
+    state = load_file(path)
+    middle = state["model.layers.2.self_attn.q_proj.weight"]
+    middle.flatten()[middle.numel() // 2] += 1e-3
+    save_file(state, path)
+    assert Checkpoint(job[1]).fingerprint() != before
+    code, _, err = finish(*job, *extra)
+    assert code == 2 and "another checkpoint (" in err
+
+
 def test_other_arguments_are_refused_and_named(job, tmp_path, monkeypatch):
     extra = ["--out", tmp_path / "o", "--stats", tmp_path / "s", "--quiet"]
     stopped(monkeypatch, job, extra, 4)
@@ -234,7 +278,7 @@ def test_the_plans_result_is_the_result(tmp_path, monkeypatch):
     assert (
         "result 8.29 GB" in plan.line() and "inputs 283.47 GB" in plan.line() and "statistics 69.81 GB" in plan.line()
     )
-    free = sum(size for _, size in plan.disk.values())
+    free = sum(size for _, size, *_ in plan.disk.values())
     monkeypatch.setattr(large, "free_bytes", lambda device: 10**12)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**13, 0, free))
     plan.check()
