@@ -218,6 +218,8 @@ class Kept:
             del stats                           # before the next block's are collected
         if signal and self.spill:
             self.inputs.remove()
+            if rank == 0:
+                self.clear_spills(world)
         if self.stored:
             if self.stored.hold:
                 self.stored.forget(self.gradients())
@@ -256,6 +258,15 @@ class Kept:
     def gradient(self, l):
         """The file of the gradient at block l's output."""
         return f"gradient_{l:03}.{self.signal}.safetensors"
+
+    def clear_spills(self, world):
+        """Remove what killed runs of the same left that were another number of processes."""
+        for path in Path(self.spill).glob("*of*"):
+            if path.name.partition("of")[2] != str(world):
+                try:
+                    Spill(path, self.inputs.folder.facts).remove()
+                except InputError:                      # of another run
+                    pass
 
     def gradients(self):
         """Names of the files of gradients that lie there."""

@@ -204,9 +204,10 @@ def same_folder(descriptor, path):
 
 
 def check_seed(seed):
-    """Raise InputError for a number that is too large for PyTorch's generators."""
-    if abs(seed) >= 2**62:
-        raise InputError(f"--seed is {seed}; expected fewer than 19 digits")
+    """Raise InputError for a number that is too large for PyTorch's generators, or below 0:
+    Python's take that for its opposite."""
+    if not 0 <= seed < 2**62:
+        raise InputError(f"--seed is {seed}; expected 0 or more, fewer than 19 digits")
 
 
 def check_apart(out, **others):

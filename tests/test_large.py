@@ -183,6 +183,19 @@ def test_a_killed_run_that_kept_nothing_begins_anew_with_stats(job, tmp_path, mo
     assert one == other
 
 
+def test_a_spill_of_another_number_of_processes_is_cleared_up(job, tmp_path, monkeypatch):
+    """Of the same run, which nobody holds; another run's stays."""
+    extra = ["--out", tmp_path / "o", "--spill", tmp_path / "p", "--quiet"]
+    stopped(monkeypatch, job, extra, 3)
+    (tmp_path / "p" / "0of1").rename(tmp_path / "p" / "1of4")
+    shutil.copytree(tmp_path / "p" / "1of4", tmp_path / "p" / "0of2")
+    path = tmp_path / "p" / "0of2" / "manifest.json"
+    path.write_text(path.read_text().replace('"windows": "', '"windows": "other '))
+    assert json.loads(path.read_text())["files"]
+    assert finish(*job, *extra)[0] == 0
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["0of2"]
+
+
 def test_gradients_of_a_run_killed_at_its_end_are_cleared_up(job, tmp_path):
     """Whether its manifest names them or not; another signal's are left to that."""
     extra = ("--out", tmp_path / "o", "--overwrite", "--stats", tmp_path / "s")
@@ -200,6 +213,8 @@ def test_gradients_of_a_run_killed_at_its_end_are_cleared_up(job, tmp_path):
 def test_statistics_are_of_every_number_of_a_checkpoint(job, tmp_path):
     """A pruned head, in the middle of a tensor: an ordinary variant of a model."""
     extra = ("--out", tmp_path / "o", "--overwrite", "--stats", tmp_path / "s")
+    # Wide enough that first and last numbers are not all.
+    job = ("--ckpt", write_checkpoint(tmp_path / "wide", hidden_size=128, num_hidden_layers=3), *job[2:])
     assert finish(*job, *extra)[0] == 0
     ckpt = Checkpoint(job[1])
     before = ckpt.fingerprint()
