@@ -221,8 +221,8 @@ class Kept:
             if rank == 0:
                 self.clear_spills(world)
         if self.stored:
-            if self.stored.hold:
-                self.stored.forget(self.gradients())
+            if rank == 0:
+                self.clear_gradients()
             self.stored.release()
 
     def open(self, ckpt, windows, dtype, blocks, signal):
@@ -243,9 +243,8 @@ class Kept:
         if self.folder:
             self.stored = TensorFolder(self.folder, facts)
             self.had = dict(self.stored.files)
-            # Statistics that are whole are only read, by any number of runs; a killed one may
-            # have left gradients.
-            if rank == 0 and (self.gradients() or not all(self.complete(l) for l in blocks)):
+            # Statistics that are whole are only read, by any number of runs.
+            if rank == 0 and not all(self.complete(l) for l in blocks):
                 self.stored.keep_others_out()
                 self.had = dict(self.stored.files)
         if signal and self.spill:
@@ -268,10 +267,21 @@ class Kept:
                 except InputError:                      # of another run
                     pass
 
-    def gradients(self):
-        """Names of the files of gradients that lie there."""
-        found = self.stored.path.glob(f"gradient_*.{self.signal}.safetensors")
-        return [path.name for path in found]
+    def clear_gradients(self):
+        """Remove gradients that a killed run left above blocks that are all complete now."""
+        done = 0
+        while all(self.file(done, kind) in self.stored.files for kind in self.kinds):
+            done += 1
+        left = [self.gradient(l) for l in range(done)
+                if self.gradient(l) in self.stored.files
+                or (self.stored.path / self.gradient(l)).exists()]
+        try:
+            if left and not self.stored.hold:
+                self.stored.keep_others_out()
+        except InputError:                              # another run is at work
+            return
+        if left:
+            self.stored.forget(left)
 
     def complete(self, l):
         return all(self.file(l, kind) in self.had for kind in self.kinds)

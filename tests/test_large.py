@@ -200,10 +200,20 @@ def test_gradients_of_a_run_killed_at_its_end_are_cleared_up(job, tmp_path):
     """Whether its manifest names them or not; another signal's are left to that."""
     extra = ("--out", tmp_path / "o", "--overwrite", "--stats", tmp_path / "s")
     assert finish(*job, *extra)[0] == 0
-    for name in ("gradient_000.lrp", "gradient_001.lrp", "gradient_001.fisher"):
+    # Above blocks of which some are not there, a killed run of more of them goes on from it.
+    for path in (tmp_path / "s").glob("block_002.lrp*"):
+        path.rename(tmp_path / path.name)
+    for name in ("gradient_000.lrp", "gradient_001.lrp", "gradient_001.fisher", "gradient_003.lrp"):
         save_file({"g": torch.zeros(3)}, tmp_path / "s" / f"{name}.safetensors")
     found = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    lacks = dict(found["files"])
+    del lacks["block_002.lrp.safetensors"]
     found["files"]["gradient_000.lrp.safetensors"] = {"sha256": "", "note": None}
+    (tmp_path / "s" / "manifest.json").write_text(json.dumps(found | {"files": lacks}))
+    assert finish(*job, *extra, "--layers", "3:5")[0] == 0
+    left = sorted(path.name for path in (tmp_path / "s").glob("gradient*"))
+    assert left == ["gradient_001.fisher.safetensors", "gradient_003.lrp.safetensors"]
+    (tmp_path / "block_002.lrp.safetensors").rename(tmp_path / "s" / "block_002.lrp.safetensors")
     (tmp_path / "s" / "manifest.json").write_text(json.dumps(found))
     assert finish(*job, *extra)[0] == 0
     assert [path.name for path in (tmp_path / "s").glob("gradient*")] == ["gradient_001.fisher.safetensors"]
