@@ -234,11 +234,17 @@ def peak_memory():
 
 
 def finished_bytes(folder, kinds=None):
-    """Of the files that manifests in a folder, or in one of its, name; of `kinds`, words of
-    their names between dots, all where None."""
+    """Of the files that our manifests name, in a folder or in a process's folder (0of1) there;
+    of `kinds`, words of their names between dots, all where None."""
     total = 0
-    for manifest in (*folder.glob("manifest.json"), *folder.glob("*/manifest.json")):
-        for name in read_json(manifest).get("files", ()):
+    for manifest in (*folder.glob("manifest.json"), *folder.glob("*of*/manifest.json")):
+        try:
+            found = read_json(manifest)
+        except InputError:                              # another program's
+            continue
+        if not found.keys() >= {"facts", "files"}:
+            continue
+        for name in found["files"]:
             path = manifest.parent / name
             if path.is_file() and (kinds is None or kinds & set(name.split("."))):
                 total += path.stat().st_size

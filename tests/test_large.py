@@ -387,7 +387,7 @@ def test_what_lies_on_one_disk_is_added_up_and_what_is_there_is_not_asked_for_ag
     (tmp_path / "b" / "0of1").mkdir(parents=True)
     (tmp_path / "b" / "0of1" / "input_000.safetensors").write_bytes(b"x" * 100)
     (tmp_path / "b" / "0of1" / "manifest.json").write_text(
-        '{"files": {"input_000.safetensors": {}, "gone.safetensors": {}}}')
+        '{"facts": {}, "files": {"input_000.safetensors": {}, "gone.safetensors": {}}}')
     check_space((tmp_path / "a", 600), (tmp_path / "b", 500))
     # Another's files, links to nothing and statistics that are not read leave nothing to spare.
     for place in (tmp_path / "b" / "other", tmp_path / "b" / "hub" / "some"):
@@ -398,7 +398,10 @@ def test_what_lies_on_one_disk_is_added_up_and_what_is_there_is_not_asked_for_ag
     (tmp_path / "s" / "block_000.lrp.safetensors").write_bytes(b"x" * 300)
     (tmp_path / "s" / "block_000.gram.safetensors").write_bytes(b"x" * 50)
     (tmp_path / "s" / "manifest.json").write_text(
-        '{"files": {"block_000.lrp.safetensors": {}, "block_000.gram.safetensors": {}}}')
+        '{"facts": {}, "files": {"block_000.lrp.safetensors": {}, "block_000.gram.safetensors": {}}}')
+    for name, text in (("other", '{"files": [{"path": "x"}]}'), ("hub of some", "[]"), ("1of2", "torn {")):
+        (tmp_path / "b" / name).mkdir(exist_ok=True)
+        (tmp_path / "b" / name / "manifest.json").write_text(text)
     for needs in (((tmp_path / "b", 1101),), ((tmp_path / "s", 1051, {"gram", "fisher"}),)):
         with pytest.raises(InputError, match="0.000 GB free"):
             check_space(*needs)
