@@ -22,9 +22,10 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from enhance.retrain import Loss, model_plan, states_bytes
 from model import LowRank
-from support.enhance import (Course, arguments, balance, batch_at, learn, linear_at, own,
-                             prepare, warm_up_of, write_model)
+from support.learning import Course, balance, batch_at, learn, linear_at, own, warm_up_of
+from support.result import write_model
 from support.script import run
+from support.task import arguments, prepare
 from support.texts import instruction_rows
 from support.tokenizer import Tokenizer
 

@@ -18,11 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any f
 from calibrate import block_forward, embed
 from model import LowRank, rope
 from support.checkpoint import result_bytes
-from support.enhance import (advance, arguments, check_finite, make_plan, own, prepare,
-                             smooth, weights_of, with_packed, write_blocks)
+from support.learning import advance, check_finite, own
 from support.packed import WIDTHS, dequantize, grid_of, packed_tensors
 from support.progress import told
+from support.result import make_plan, weights_of, with_packed, write_blocks
 from support.script import run
+from support.smooth import smooth
+from support.task import arguments, prepare
 
 DAMP = 0.01             # of the Hessian's mean diagonal, added to it (GPTQ's)
 BLOCK = 128             # columns whose errors are gathered before they are moved on (GPTQ's)

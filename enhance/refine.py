@@ -20,11 +20,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from calibrate import embed
 from model import LowRank, rope, wide
-from support.enhance import (advance, arguments, balance, check_finite, dense_of,
-                             device_bytes, dtypes_of, make_plan, own, prepare, products,
-                             rate_at, weights_of, write_blocks)
+from support.learning import advance, balance, check_finite, own, products, rate_at
 from support.progress import told
+from support.result import device_bytes, dtypes_of, make_plan, weights_of, write_blocks
 from support.script import run
+from support.task import arguments, dense_of, prepare
 
 MICRO_BATCH = 2048              # tokens whose activations are in memory at a time
 

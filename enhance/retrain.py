@@ -20,9 +20,10 @@ import torch.utils.checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from model import LowRank, rope, to_logits
 from support.checkpoint import result_bytes
-from support.enhance import (Course, arguments, balance, batch_at, dense_of, learn, make_plan,
-                            prepare, products, rate_at, warm_up_of, write_model)
+from support.learning import Course, balance, batch_at, learn, products, rate_at, warm_up_of
+from support.result import make_plan, write_model
 from support.script import InputError, run
+from support.task import arguments, dense_of, prepare
 
 MICRO_BATCH = 2048              # tokens whose activations are in memory at a time
 WARM_UP = 10                    # steps

@@ -22,8 +22,8 @@ from experiments.report import RESULTS, table
 from experiments.task_files import rows_of_task
 from experiments.tasks import TASKS
 from support.checkpoint import Checkpoint
-from support.enhance import check_finite
 from support.large import machine_rates
+from support.learning import check_finite
 from support.progress import Progress, duration, say, told
 from support.script import (InputError, check_writable, code_digest, free_bytes, parser,
                             pick_device, run, write_json)

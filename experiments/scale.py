@@ -38,8 +38,8 @@ from model import Llama
 from support import fast
 from support.checkpoint import Checkpoint
 from support.config import parse_config
-from support.enhance import device_bytes, weights_of
 from support.large import costs, machine_rates
+from support.result import device_bytes, weights_of
 from support.script import ROOT, InputError, check_space, read_json, run, write_json
 
 

@@ -17,8 +17,9 @@ from eval_ppl import evaluate
 from peers.acip import OPTIONS, Training, blocks_of, learn, put_on
 from support.checkpoint import in_memory
 from support.config import compressed_config, parse_config
-from support.enhance import Task, code_of, model_to_learn, own, split
+from support.learning import model_to_learn, own
 from support.packed import PARTS, unpacked
+from support.task import Task, code_of, split
 from support.texts import digest
 
 # What each step runs with on few windows; the files' defaults are their sources'.

@@ -21,8 +21,8 @@ from enhance.lora import Adapter
 from enhance.retrain import Loss
 from model import LAYERS
 from support.checkpoint import TensorFolder
-from support.enhance import batch_at, own, prepare, take_training, training_tensors
-from support.peers import arguments, write_peer
+from support.learning import batch_at, own, take_training, training_tensors
+from support.peers import arguments, peer_task, write_peer
 from support.progress import say
 from support.script import InputError, check_apart, run
 
@@ -200,7 +200,7 @@ def main():
     if not 0 < args.stop <= args.rate < 1:
         raise InputError(f"--rate is {args.rate}, --stop {args.stop}; expected 0 < stop ≤ rate "
                          "< 1: below --stop the scores say nothing, so train to less")
-    task = prepare("acip", args, {name: getattr(args, name) for name in OPTIONS}, folder="peers")
+    task = peer_task("acip", args, {name: getattr(args, name) for name in OPTIONS})
     check_apart(args.out, map=args.map)
 
     def blocks():

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from calibrate import embed
 from model import rope, to_logits
-from support.enhance import check_finite, prepare
-from support.peers import arguments, write_peer
+from support.learning import check_finite
+from support.peers import arguments, peer_task, write_peer
 from support.progress import say, told
 from support.script import InputError, run
 
@@ -125,7 +125,7 @@ def main():
     args = p.parse_args()
     if not 0 < args.rate < 1:
         raise InputError(f"--rate is {args.rate}; expected above 0, below 1")
-    task = prepare("blockpruner", args, {"rate": args.rate}, folder="peers")
+    task = peer_task("blockpruner", args, {"rate": args.rate})
     ckpt = task.ckpt
     windows = torch.cat((task.windows, task.held))
     size = sizes(ckpt)

@@ -18,9 +18,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from calibrate import embed
 from model import PLAIN, rms_norm, rope, wide
-from support.enhance import prepare, weights_of
-from support.peers import arguments, write_peer
+from support.peers import arguments, peer_task, write_peer
 from support.progress import told
+from support.result import weights_of
 from support.script import InputError, run
 
 ROUND = 8               # s is a multiple of it, as in the released code
@@ -175,7 +175,7 @@ def main():
     if not 0 <= args.slicing < 1:
         raise InputError(f"--slicing is {args.slicing}; expected 0 or more, below 1")
     options = {"slicing": args.slicing, "normed": args.normed}
-    task = prepare("slicegpt", args, options, folder="peers")
+    task = peer_task("slicegpt", args, options)
     s = width_at(task.ckpt.cfg.dim, args.slicing)
     if not s:
         raise InputError(f"--slicing {args.slicing} leaves fewer than {ROUND} of "

@@ -1,14 +1,20 @@
 """What the files of peers/ share: arguments, and the checkpoint they write."""
 from support.checkpoint import Writer, part_of
 from support.config import MODELING, compressed_config
-from support.enhance import add_result_arguments, end, make_plan
 from support.progress import Progress, Stopwatch
+from support.result import end, make_plan
 from support.script import parser
+from support.task import add_result_arguments, prepare
 
 
 def arguments(doc):
     """The parser of a file in peers/."""
     return add_result_arguments(parser(doc))
+
+
+def peer_task(name, args, options):
+    """Arguments -> Task of a file in peers/. Raises InputError."""
+    return prepare(name, args, options, folder="peers")
 
 
 def peer_config(task, changes, section):

@@ -100,7 +100,7 @@ MUTANTS = [     # what, file, correct text, mistake, the tests that look
      "torch.lerp(x, x_hat, self.share)", "test_air"),
     ("refined to what the dense block makes of the compressed stream", "enhance/refine.py",
      "        advance(dense.block(", "        y.copy_(x)\n        advance(dense.block(", "test_enhance"),
-    ("held-out windows that were learnt from", "support/enhance.py", "held[apart][:n]", "held[:n]", "test_enhance"),
+    ("held-out windows that were learnt from", "support/task.py", "held[apart][:n]", "held[:n]", "test_enhance"),
     ("a block quantized behind the unquantized", "enhance/quantize.py", "        advance(block, h, angles)",
      "        advance(task.ckpt.block(l, task.device, task.dtype), h, angles)", "test_enhance"),
     ("a fingerprint of the tensors' beginnings", "support/checkpoint.py", ".flatten().view(torch.uint8)",

@@ -37,8 +37,9 @@ from model import Llama, LowRank, rope
 from support import export
 from support.checkpoint import Checkpoint, TensorFolder, Writer
 from support.config import parse_config
-from support.enhance import (Course, Task, balance, code_of, dense_of, even_scale, learn, linear_at, own, rate_at,
-                             smooth, split, warm_up_of)
+from support.learning import Course, balance, learn, linear_at, own, rate_at, warm_up_of
+from support.smooth import even_scale, smooth
+from support.task import Task, code_of, dense_of, split
 from support.packed import WIDTHS, pack, unpack, widen
 from support.script import InputError, run
 from support.texts import instruction_rows
@@ -383,7 +384,7 @@ def test_refinement_lowers_the_error_of_the_last_block_and_goes_on_after_a_kill(
     assert len(blocks) == 2 and all(each["after"] < each["before"] for each in blocks)
     # Killed after the first block, the run ends in the same file.
     code = ("import sys; sys.argv = sys.argv[1:]; sys.path.insert(0, %r)\n"
-            "import support.enhance as shared\nfrom enhance import refine\n"
+            "import support.result as shared\nfrom enhance import refine\n"
             "add = shared.Writer.add\n"
             "def once(self, *a):\n    add(self, *a)\n    import os; os._exit(9)\n"
             "shared.Writer.add = once\nrefine.main()") % str(ROOT)
@@ -543,7 +544,7 @@ def test_a_run_killed_while_it_moves_its_result_into_place_trains_nothing_again(
     more = (*usual, "--epochs", "2", "--batch", "3", "--lr", "1e-2")
     enhanced("retrain", small, tmp_path / "whole", *more)
     code = ("import sys; sys.argv = sys.argv[1:]; sys.path.insert(0, %r)\n"
-            "import os, support.enhance as shared\nfrom enhance import retrain as file\n"
+            "import os, support.result as shared\nfrom enhance import retrain as file\n"
             "shared.Writer.finish = lambda *a: os._exit(9)\nfile.main()") % str(ROOT)
     killed = subprocess.run([sys.executable, "-c", code, "retrain.py", "--ckpt", small, "--out", tmp_path / "parts",
                              "--text", "none", *map(str, more)], capture_output=True, text=True)
@@ -573,8 +574,10 @@ def test_activations_that_overflow_are_a_sentence(made, tmp_path, name):
 def test_an_edited_loss_is_another_result(made, windows, monkeypatch):
     """Whatever a file takes its rules from is in the digest by which states and cells are told apart."""
     for name, folder, used in (("lora", "enhance", "enhance/retrain.py"), ("quantize", "enhance", "support/packed.py"),
-                               ("acip", "peers", "enhance/lora.py"), ("acip", "peers", "enhance/retrain.py"),
-                               ("retrain", "enhance", "support/enhance.py"), ("refine", "enhance", "model.py")):
+                               ("quantize", "enhance", "support/smooth.py"), ("acip", "peers", "enhance/lora.py"),
+                               ("acip", "peers", "enhance/retrain.py"), ("retrain", "enhance", "support/learning.py"),
+                               ("retrain", "enhance", "support/task.py"), ("retrain", "enhance", "support/result.py"),
+                               ("refine", "enhance", "model.py")):
         assert used in code_of(name, folder) and f"{folder}/{name}.py" in code_of(name, folder)
 
 

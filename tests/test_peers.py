@@ -16,7 +16,7 @@ from peers import blockpruner as B
 from peers import slicegpt as S
 from support.checkpoint import Checkpoint, TensorFolder, Writer, part_of
 from support.config import compressed_config, parse_config
-from support.enhance import own
+from support.learning import own
 from support.script import ROOT, InputError
 
 CPU = torch.device("cpu")

@@ -1,0 +1,56 @@
+"""Columns of one size, for a grid that serves a whole row (enhance/quantize.py --smooth)."""
+import torch
+
+from model import LAYERS, LowRank
+
+
+def even_scale(weights):
+    """Powers of two (n,), about each column's root mean square over `weights` [(…, n)], the
+    geometric mean of all being 1; 1 for a column of zeros."""
+    size = torch.cat([w.float() for w in weights]).square().mean(0).sqrt()
+    alive = size > 0
+    size = torch.where(alive, size, 1.0).log2()
+    mean = size.sum() / alive.sum().clamp_min(1)
+    return torch.where(alive, (size - mean).round().exp2(), 1.0)
+
+
+def smooth(block, cfg):
+    """Even out the columns of what reads an input, in place, while the block's output stays
+    what it is. Returns {parameter: what it was multiplied by}, powers of two.
+
+    Not in the paper: SmoothQuant's identity (Xiao et al., 2023), W diag(1/d) · diag(d) x, d
+    put into what makes x: the norm, up's rows before down, v's before o, where the query
+    heads of a kv head share theirs. S⁻¹ leaves V's columns small where an input is large;
+    on a grid that serves a whole row they would be rounded away.
+    """
+    low_rank = {name for name, layer in block.named_modules() if isinstance(layer, LowRank)}
+    weight = {name: name + (".V" if name in low_rank else "") + ".weight" for name in LAYERS}
+    names = dict(block.named_parameters())
+    found = {}
+
+    def multiply(name, factor):
+        if name in names:
+            found[name] = found.get(name, 1.0) * factor
+
+    # What makes an input, what reads it; columns (G, heads, …), of which all heads share d.
+    kv = cfg.n_kv_heads
+    inputs = (
+        ("input_layernorm", [f"self_attn.{x}_proj" for x in "qkv"], 1, 1),
+        ("self_attn.v_proj", ["self_attn.o_proj"], kv, cfg.n_heads // kv),
+        ("post_attention_layernorm", ["mlp.gate_proj", "mlp.up_proj"], 1, 1),
+        ("mlp.up_proj", ["mlp.down_proj"], 1, 1),
+    )
+    for maker, readers, G, heads in inputs:
+        if low_rank.isdisjoint(readers):                # of what is dense nothing is packed
+            continue
+        apart = [names[weight[name]].unflatten(1, (G, heads, -1)) for name in readers]
+        d = even_scale([w.transpose(1, 2).flatten(0, 1).flatten(1) for w in apart])
+        every = d.view(G, 1, -1).expand(-1, heads, -1).flatten()
+        for name in readers:
+            multiply(weight[name], 1 / every)
+        made = f"{maker}.U" if maker in low_rank else maker
+        multiply(f"{made}.weight", d if maker.endswith("norm") else d[:, None])
+        multiply(f"{made}.bias", d)
+    for name, scale in found.items():
+        names[name].data.mul_(scale)
+    return found
