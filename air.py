@@ -413,11 +413,15 @@ def inputs_of(reader, name, stats, ridge):
 
 
 def layers_of(ckpt, l, stats, ranks, device, ridge=None):
-    """The seven weights of block l, one at a time, as Layers."""
+    """The weights of block l that are in `ranks` {layer: k}, one at a time, as Layers."""
+    read = None                                             # whose input is `inputs`
     for name in LAYERS:
         full = f"model.layers.{l}.{name}"
-        if READS[name] == name:
-            inputs = inputs_of(full, name, stats, ridge)
+        if full not in ranks:                               # it stays dense
+            continue
+        if READS[name] != read:
+            read = READS[name]
+            inputs = inputs_of(full, read, stats, ridge)
         own = [key for key in stats if key.startswith(name + ".")]
         collected = {key.removeprefix(name + "."): stats[key] for key in own}
         W = ckpt.tensor(full + ".weight", device, torch.float32)
@@ -487,8 +491,14 @@ class Options:
                            "paper's; aasvd: 1)")
     ridge: float = option(None, help="share of ΣXXᵀ's own diagonal that is added to it; "
                           "0: the paper's (default: by the tokens an input)")
-    ranks: str = option("uniform", ("uniform", "auto"), "the same share of every layer "
-                        "(default), or measured: support/ranks.py, which sweeps once more")
+    ranks: str = option("uniform", ("uniform", "auto", "mixed"), "the same share of every layer "
+                        "(default), or measured: support/ranks.py, which sweeps once more; "
+                        "mixed: some layers stay dense")
+
+    @property
+    def measured(self):
+        """Not in the paper: are ranks chosen by measurement?"""
+        return self.ranks != "uniform"
 
     @property
     def backward(self):
@@ -562,7 +572,7 @@ def check_finite(l, stats):
 
 
 def compress_block(ckpt, l, stats, ranks, options, device):
-    """Yield the seven layers of block l, decomposed, as Solved.
+    """Yield the layers of block l that are in `ranks`, decomposed, as Solved.
 
     Raises RuntimeError for statistics that are not finite.
     """
@@ -609,7 +619,7 @@ def pick_ranks(ckpt, blocks, rate):
     return ranks
 
 
-def wholes_of(ckpt, sweep, blocks, device, ridge):
+def wholes_of(ckpt, sweep, blocks, device, options):
     """{layer: support.ranks.Whole} of `kfac`, as many components as rate 1 pays for.
 
     Raises RuntimeError for statistics that are not finite.
@@ -618,13 +628,14 @@ def wholes_of(ckpt, sweep, blocks, device, ridge):
     caps = pick_ranks(ckpt, blocks, 1.0)
     for l, stats in sweep:
         check_finite(l, stats)
-        for layer in layers_of(ckpt, l, stats, caps, device, ridge):
+        for layer in layers_of(ckpt, l, stats, caps, device, options.ridge):
             L = layer.L
+            dense = layer.W.numel() if options.ranks == "mixed" else math.inf
             U, V, sigma = kfac(layer.W, layer.S, L, layer.k)
             total = (L.T @ layer.W.to(L.dtype) @ layer.S).square().sum().item()
             wholes[layer.name] = by_measurement.Whole(
                 U.to(ckpt.dtype).cpu(), V.to(ckpt.dtype).cpu(),
-                sigma.double().square().cpu(), total)
+                sigma.double().square().cpu(), total, dense)
         del stats                                  # before the next block's are collected
     return wholes
 
@@ -638,7 +649,7 @@ class Job:
     options: Options
     rate: float               # fraction of the decomposed layers' parameters that is kept
     blocks: range               # which are decomposed
-    ranks: dict                 # {layer: k}
+    ranks: dict                 # {layer: k}; without one a layer stays dense
     calib: str                  # calibration text
     windows: torch.Tensor       # (N, T) token ids, empty for a method that reads none
     held: torch.Tensor          # (8, T) further ones, that ranks are chosen by
@@ -650,12 +661,17 @@ class Job:
     out: str                    # folder of the result
     stats: str | None           # folder of kept statistics
     spill: str | None           # folder of block inputs
-    measured: bool = False      # are `ranks` those of --ranks auto by now?
+    measured: bool = False      # are `ranks` those of --ranks auto or mixed by now?
+
+    @property
+    def shapes(self):
+        """{layer: (m, n)} of all that `rate` is of."""
+        return shapes_of(self.ckpt, self.blocks)
 
     @property
     def cut(self):
         """{layer: (m, n, k)} of what is decomposed."""
-        shapes = shapes_of(self.ckpt, self.blocks)
+        shapes = self.shapes
         return {layer: (*shapes[layer], k) for layer, k in self.ranks.items()}
 
     @property
@@ -666,22 +682,26 @@ class Job:
         asked = self.options.ridge
         tokens = self.windows.numel()
         return {n: default_ridge(n, tokens) if asked is None else asked
-                for n in sorted({n for _, n, _ in self.cut.values()})}
+                for n in sorted({n for _, n in self.shapes.values()})}
+
+    def layers_in(self, blocks):
+        """How many of the layers that are decomposed are in `blocks`."""
+        return sum(f"model.layers.{l}.{name}" in self.ranks for l in blocks for name in LAYERS)
 
     def measures(self, left):
         """Are ranks still to be measured, with the blocks `left` to be decomposed?"""
-        return self.options.ranks == "auto" and bool(left) and not self.measured
+        return self.options.measured and bool(left) and not self.measured
 
     def use(self, ranks):
         """Measured {layer: k}, also of a run that was killed; None: there are none."""
-        if ranks:
+        if ranks is not None:
             self.ranks = ranks
             self.measured = True
 
     def facts(self):
         """What a result depends on: a run that goes on must have the same."""
         code = [*large.SWEEPS, "air.py", "support/fast.py"]
-        if self.options.ranks == "auto":
+        if self.options.measured:
             code += ["support/ranks.py", "eval_ppl.py"]
         if self.options.share is not None:
             code.append("support/anchored.py")
@@ -770,9 +790,9 @@ def prepare(args):
     check_signal(options.backward, dtype)
     calib, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
     windows = held = torch.empty(0, seqlen, dtype=torch.long)
-    if METHODS[options.method].reads != "nothing" or options.ranks == "auto":
+    if METHODS[options.method].reads != "nothing" or options.measured:
         windows = calibration_windows(calib, ckpt, samples, seqlen, args.seed)
-    if options.ranks == "auto":
+    if options.measured:
         held = by_measurement.held_windows(calib, ckpt, windows, args.seed)
     text = args.text or calib
     held_out = evaluation(text, ckpt, windows.shape[1], args)
@@ -809,7 +829,7 @@ def make_plan(job, need):
             plan.seconds["forward sweep"] = 0.0
         plan.inputs += plan.held["one input"]
         plan.inputs += plan.held["statistics"] - plan.held["gram"]
-    if job.options.ranks == "auto":
+    if job.options.measured:
         # One sweep and one solve more, and the factors at rate 1, which are held.
         # Every process has all of them and searches.
         _, world = large.processes()
@@ -823,9 +843,10 @@ def make_plan(job, need):
         factors = sum(m * n for m, n, _ in job.cut.values()) * job.ckpt.dtype.itemsize
         plan.solving += factors * world
     # Only a way back needs the inputs again.
-    spill = job.spill if signal or job.options.ranks == "auto" else None
-    reads_any = METHODS[job.options.method].reads != "nothing" or job.options.ranks == "auto"
-    kinds = {"gram", signal, "kfac" if job.options.ranks == "auto" else signal}
+    measured = job.options.measured
+    spill = job.spill if signal or measured else None
+    reads_any = METHODS[job.options.method].reads != "nothing" or measured
+    kinds = {"gram", signal, "kfac" if measured else signal}
     plan.place((f"{job.out}.partial", need), spill, job.stats if reads_any else None, kinds)
     plan.check()
     return plan
@@ -861,7 +882,7 @@ def own_sweep(job, blocks):
 
 
 def first_sweep(job, left):
-    """What is to be read first: for --ranks auto `kfac`'s statistics, of all blocks."""
+    """What is to be read first: for measured ranks `kfac`'s statistics, of all blocks."""
     if job.measures(left):
         return sweep_of(job, job.blocks, "kfac")
     return own_sweep(job, left)
@@ -874,12 +895,12 @@ def to_do(job, writer):
 
 
 def measure_ranks(job, sweep, left, writer):
-    """--ranks auto: set the job's ranks by `kfac`'s sweep; returns the method's own.
+    """--ranks auto, mixed: set the job's ranks by `kfac`'s sweep; returns the method's own.
 
     The writer of the first process remembers them: a run that goes on must not search
     again, for rounding alone leads to others.
     """
-    wholes = wholes_of(job.ckpt, sweep, job.blocks, job.device, job.options.ridge)
+    wholes = wholes_of(job.ckpt, sweep, job.blocks, job.device, job.options)
     found = by_measurement.find_ranks(
         job.ckpt, wholes, job.ranks, job.held, job.device, job.dtype)
     job.use(large.from_first(found))                        # the same in every process
@@ -937,7 +958,7 @@ def main():
         if job.measures(left):
             sweep = measure_ranks(job, sweep, left, writer if first else None)
             watch.lap("ranks")
-        progress.begin(len(left) * len(LAYERS), plan.pace)
+        progress.begin(job.layers_in(left), plan.pace)
         for l, stats in large.divide(sweep):
             watch.lap("statistics")
             part = None if l is None else solve_block(job, l, stats, progress)

@@ -127,7 +127,7 @@ def options_of(setting):
 
 def reads_nothing(options):
     """Does the method see no calibration text, as plain SVD?"""
-    return METHODS[options.method].reads == "nothing" and options.ranks == "uniform"
+    return METHODS[options.method].reads == "nothing" and not options.measured
 
 
 def source_of(options):
@@ -382,7 +382,7 @@ class Lab:
         facts = {"how": asdict(options) | {"rate": setting["rate"]},
                  "calibration": None if seed is None else digest(windows)}
         files = [source_of(options)]
-        if options.ranks == "auto":
+        if options.measured:
             files.append("support/ranks.py")
         if options.share is not None:
             files.append("support/anchored.py")
@@ -406,18 +406,18 @@ class Lab:
         """{layer: rank} of a job; measured ones once for all methods and δ."""
         blocks = range(self.ckpt.cfg.n_layers)
         uniform = pick_ranks(self.ckpt, blocks, job.setting["rate"])
-        if options.ranks == "uniform":
+        if not options.measured:
             return uniform
 
         def search():
             sweep = self.statistics(job.windows, "kfac")
-            wholes = wholes_of(self.ckpt, sweep, blocks, self.device, options.ridge)
+            wholes = wholes_of(self.ckpt, sweep, blocks, self.device, options)
             text = self.resolve(job.setting.get("calib", self.calib), "train")
             held = held_windows(text, self.ckpt, job.windows, job.seed)
             return find_ranks(self.ckpt, wholes, uniform, held, self.device, self.dtype)
         found = {"ranks": digest(job.windows), "rate": job.setting["rate"],
-                 "ridge": options.ridge, "seed": job.seed}
-        what = f"measured ranks, {job.setting['rate']:g}, seed {job.seed}"
+                 "ridge": options.ridge, "seed": job.seed, "which": options.ranks}
+        what = f"{options.ranks} ranks, {job.setting['rate']:g}, seed {job.seed}"
         return self.cell(found, search, "support/ranks.py", what=what)
 
     def compressed(self, job, sweep=None):

@@ -21,7 +21,7 @@ def header(job, seed):
     world = processes()[1]
     together = f", {world} processes" if world > 1 else ""
     N, T = job.windows.shape
-    widest = max(n for _, n, _ in job.cut.values())
+    widest = max(n for _, n in job.shapes.values())
     blocks = f"{len(job.blocks)} of {job.ckpt.cfg.n_layers} blocks of {job.ckpt.name}"
     tokens = f"{N} x {T} = {N * T:,} tokens of {job.calib}"
     dtype = f"{str(job.dtype)[6:]} ({job.why})"
@@ -29,7 +29,7 @@ def header(job, seed):
     ridge = f", ridge {' to '.join(dict.fromkeys(shares))}" if shares else ""
     share = job.options.share
     how = "" if share is None else f", anchored by {share:g}"
-    how += ", measured ranks" if job.options.ranks == "auto" else ""
+    how += {"auto": ", measured ranks", "mixed": ", mixed ranks"}.get(job.options.ranks, "")
     return (f"{versions}, {where}, {dtype}, seed {seed}{together}\n"
             f"{job.options.method} at rate {job.rate:g}{how}: {blocks}; {tokens} "
             f"for inputs up to {widest:,} wide{ridge}")
@@ -78,7 +78,7 @@ def count(job, written):
     """Print and return the parameters of both checkpoints, counted in their files."""
     dense = job.ckpt.parameters()
     small = written.parameters()
-    decomposed = sum(m * n for m, n, _ in job.cut.values())
+    decomposed = sum(map(math.prod, job.shapes.values()))
     of_layers = 1 - (dense - small) / decomposed
     of_file = small / dense
     print(f"{job.options.method}: {dense:,} -> {small:,} parameters ({of_layers:.2%} of "

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import shutil
 import sys
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from conftest import in_process, script, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import air as A
+from generate import Decoder
 from model import LAYERS
 from support import large
 from support import ranks as R
@@ -35,9 +37,9 @@ def test_an_edited_search_is_another_result(monkeypatch):
     assert "support/ranks.py" in seen[0] and "support/ranks.py" not in seen[1] and "support/anchored.py" in seen[2]
 
 
-def wholes_of(ckpt, windows, blocks=range(2)):
+def wholes_of(ckpt, windows, blocks=range(2), ranks="auto"):
     sweep = A.statistics(ckpt, windows, CPU, torch.float32, blocks, "kfac")
-    return A.wholes_of(ckpt, sweep, blocks, CPU, None)
+    return A.wholes_of(ckpt, sweep, blocks, CPU, A.Options(ranks=ranks))
 
 
 def mean_loss(ckpt, windows):
@@ -92,7 +94,7 @@ def small_problem(seed):
 def test_a_step_is_the_best_one_within_its_reach_but_for_the_last_component(seed):
     wholes, ranks, scales = small_problem(seed)
     budget = sum(wholes[x].cost * k for x, k in ranks.items())
-    made = R.spend(wholes, scales, ranks, 0.1)
+    made = R.spend(wholes, scales, ranks, 0.1, budget)
 
     def saved(k):
         return sum(scales[x] * wholes[x].energy[:k[x]].sum().item() for x in wholes)
@@ -106,6 +108,42 @@ def test_a_step_is_the_best_one_within_its_reach_but_for_the_last_component(seed
     # As good as any that costs no more than it does: what is left of the budget buys no whole component.
     assert saved(made) == pytest.approx(max(saved(k) for k in every if cost(k) <= cost(made)))
     assert budget - cost(made) < max(whole.cost for whole in wholes.values())
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_step_with_dense_layers_is_the_best_for_what_it_costs(seed):
+    """Everett, 1963: where each layer alone saves most less λ times its cost, all of them save most for the sum of
+    their costs. λ is drawn, the budget follows."""
+    g = torch.Generator().manual_seed(seed)
+    wholes, ranks, scales = {}, {}, {}
+    for i, (m, n) in enumerate([(8, 8), (12, 6), (20, 60), (30, 30), (16, 48), (24, 12)]):
+        energy = (torch.rand(m * n // (m + n), generator=g).double() ** 3).sort(descending=True).values
+        tail = torch.rand(1, generator=g).item() * energy.min().item() * min(m, n) / 2
+        wholes[f"{i}"] = R.Whole(torch.zeros(m, 1), torch.zeros(1, n), energy, energy.sum().item() + tail, m * n)
+        ranks[f"{i}"] = max(2, len(energy) * 3 // 4)
+        scales[f"{i}"] = 0.5 + torch.rand(1, generator=g).item()
+    del ranks["3"]                                          # dense before the step
+    price = 0.02 * 2 ** (4 * torch.rand(1, generator=g).item() - 2)
+    best = {}
+    for name, whole in wholes.items():
+        least, most = R.reach(whole, ranks.get(name), 0.5)
+        left = {k: scales[name] * whole.dropped(k) + price * k * whole.cost for k in range(least, most + 1)}
+        left["dense"] = price * whole.dense
+        best[name] = min(left, key=left.get)
+    wanted = {name: k for name, k in best.items() if k != "dense"}
+    budget = R.price(wholes, wanted)
+    assert budget == sum(math.prod((len(w.U), w.V.shape[1])) if best[x] == "dense" else best[x] * w.cost
+                         for x, w in wholes.items())
+    assert R.spend(wholes, scales, ranks, 0.5, budget) == wanted
+
+
+def test_dense_is_offered_only_where_it_may_be():
+    wholes, ranks, scales = small_problem(0)
+    budget = R.price(wholes, ranks)
+    assert R.stay_dense(wholes, scales, ranks, 0.1, budget) == set()
+    # Two of three at less than a component above their ranks.
+    cheap = {name: whole._replace(dense=whole.cost * ranks[name] + 1) for name, whole in wholes.items()}
+    assert len(R.stay_dense(cheap, scales, ranks, 0.1, budget)) >= 2
 
 
 def test_layers_whose_slope_is_lost_in_noise_keep_a_scale_above_zero():
@@ -127,6 +165,57 @@ def test_the_search_never_ends_above_uniform_ranks_and_spends_no_more(tiny, wind
     losses = [mean_loss(R.cut(ckpt, wholes, k, CPU), windows) for k in (found, uniform)]
     assert losses[0] <= losses[1] + 1e-6
     assert all(1 <= k <= len(wholes[x].energy) for x, k in found.items())
+
+
+def test_the_search_with_dense_layers_is_below_that_without_and_costs_no_more(tiny, windows):
+    ckpt = Checkpoint(str(tiny))
+    losses, costs = {}, {}
+    for ranks in ("auto", "mixed"):
+        wholes = wholes_of(ckpt, windows, ranks=ranks)
+        uniform = A.pick_ranks(ckpt, range(2), 0.8)
+        found = R.find_ranks(ckpt, wholes, uniform, windows, CPU, torch.float32)
+        losses[ranks] = mean_loss(R.cut(ckpt, wholes, found, CPU), windows)
+        shapes = A.shapes_of(ckpt, range(2))
+        costs[ranks] = sum(sum(shapes[x]) * found[x] if x in found else math.prod(shapes[x]) for x in shapes)
+        assert costs[ranks] <= sum(sum(shapes[x]) * k for x, k in uniform.items())
+        assert (len(found) < len(shapes)) == (ranks == "mixed")
+    assert losses["mixed"] < losses["auto"]
+
+
+@pytest.mark.parametrize("method, more", [("air", ("--anchor", 0.5)), ("kfac", ()), ("kfac-air", ("--rate", 1.0))])
+def test_layers_that_stay_dense_are_the_checkpoints(tmp_path, windows, method, more):
+    code, said = refused(tmp_path, windows, "--method", method, "--ranks", "mixed", "--rate", 0.8,
+                         "--json", tmp_path / "r.json", *more)
+    assert code == 0, said
+    dense, small = (Checkpoint(str(tmp_path / name)) for name in ("m", "out"))
+    every = {f"model.layers.{l}.{name}" for l in range(2) for name in LAYERS}
+    apart = every - small.cfg.ranks.keys()
+    assert apart and small.cfg.ranks
+    assert all(torch.equal(small.tensor(x + ".weight"), dense.tensor(x + ".weight")) for x in apart)
+    assert {name for name in small.names if ".U." in name} == {x + ".U.weight" for x in small.cfg.ranks}
+    shapes = A.shapes_of(dense, range(2))
+    rate = 1 - (dense.parameters() - small.parameters()) / sum(map(math.prod, shapes.values()))
+    assert 0.7 < rate <= (1.0 if more == ("--rate", 1.0) else 0.8)
+    assert json.loads((tmp_path / "r.json").read_text())["rate_decomposed"] == rate
+    # It decodes as it computes.
+    ids = windows[:1, :20].tolist()
+    logits = Decoder(small.model("cpu", torch.float32)).prefill(ids, 1)
+    whole = small.model("cpu", torch.float32)(windows[:1, :20])[:, -1]
+    assert torch.allclose(logits, whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("apart", LAYERS)
+def test_where_a_layer_stays_dense_the_others_are_what_they_would_be(tiny, windows, apart):
+    ckpt = Checkpoint(str(tiny))
+    ranks = A.pick_ranks(ckpt, range(2), 0.5)
+    for l, stats in A.statistics(ckpt, windows, CPU, torch.float32, range(2)):
+        tensors = []
+        for left in (ranks, {x: k for x, k in ranks.items() if not x.endswith(apart)}):
+            block = A.compress_block(ckpt, l, stats, left, A.Options(method="svdllm"), CPU)
+            tensors.append({name: w for solved in block for name, w in solved.tensors.items()})
+        whole, rest = tensors
+        assert rest.keys() == {name for name in whole if f".{apart}." not in name}
+        assert all(torch.equal(w, whole[name]) for name, w in rest.items())
 
 
 def test_a_step_that_makes_it_worse_is_not_taken(tiny, windows, monkeypatch):
@@ -244,9 +333,11 @@ def test_the_plans_statistics_are_those_that_are_kept(tmp_path, windows, monkeyp
         assert held == pytest.approx(plan.held["statistics"] / 2)
 
 
-def test_a_killed_run_goes_on_with_the_ranks_that_it_had_measured(tmp_path, windows, monkeypatch):
+@pytest.mark.parametrize("ranks", ["auto", "mixed"])
+def test_a_killed_run_goes_on_with_the_ranks_that_it_had_measured(tmp_path, windows, monkeypatch, ranks):
     """Another search may end elsewhere by rounding alone; its ranks beside the first one's would miss the rate."""
-    job_of(monkeypatch, tmp_path, windows, "--method", "kfac", "--ranks", "auto", "--stats", tmp_path / "s")
+    job_of(monkeypatch, tmp_path, windows, "--method", "kfac", "--ranks", ranks, "--stats", tmp_path / "s",
+           "--rate", "0.8")
     A.main()
     whole = (tmp_path / "out" / "model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "out")
