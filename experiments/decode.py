@@ -2,6 +2,7 @@
 
     python experiments/decode.py --ckpt data/smollm2            # SmolLM2-135M's shape
     python experiments/decode.py --shape tinyllama --batches 1
+    python experiments/decode.py --ckpt out/smollm2-kfac-0.6    # its ranks
 
 Random weights of the shape, random prompts, greedy, no end of text. All sides take turns
 in one process (A B C A B C …) after one turn that warms up; a table shows medians and
@@ -28,7 +29,7 @@ from experiments.report import table
 from experiments.shapes import SHAPES, at_rate, random_model
 from experiments.table11 import machine, save, timed
 from generate import Decoder
-from support.config import parse_config
+from support.config import dense_config, parse_config
 from support.script import ROOT, InputError, check_writable, read_json, run
 
 GGUF_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -156,10 +157,11 @@ def there(package):
     return importlib.util.find_spec(package) is not None
 
 
-def sides_of(config, rate, device, dtype, folder, wanted=""):
+def sides_of(config, small, device, dtype, folder, wanted=""):
     """{name: side} of what is installed here, or of those `wanted` ("a; b"); the dense
-    ones have the same weights. Raises InputError for a side that is not here."""
-    small = at_rate(config, rate)
+    ones have the same weights. config, small: config.json, dense and compressed. Raises
+    InputError for a side that is not here."""
+    rate = small["air"]["rate"]
 
     def made(config, **switches):
         return ours(random_model(config, device, dtype), **switches)
@@ -251,7 +253,8 @@ def parse_arguments():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shape", choices=SHAPES, default="demo")
-    p.add_argument("--ckpt", help="a dense checkpoint's folder: its shape instead of --shape")
+    p.add_argument("--ckpt", help="a checkpoint's folder: its shape instead of --shape, and of "
+                   "a result of air.py its ranks instead of uniform ones at --rate")
     p.add_argument("--rate", type=float, default=0.6, help="(default 0.6)")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--dtypes", default="float32,bfloat16")
@@ -293,15 +296,25 @@ def versions():
             "llama-cpp-python") if there(name.removesuffix("-python").replace("-", "_"))}
 
 
+def shapes_of(args):
+    """(config.json of the dense sides, of the compressed ones, a name)."""
+    if not args.ckpt:
+        config = SHAPES[args.shape]
+        return config, at_rate(config, args.rate), args.shape
+    raw = read_json(Path(args.ckpt) / "config.json")
+    name = Path(args.ckpt).resolve().name
+    if "ranks" not in raw.get("air", {}):
+        return raw, at_rate(raw, args.rate), name
+    config = dense_config(raw)
+    return config, config | {"air": raw["air"]}, name
+
+
 def main():
     args = parse_arguments()
     check_arguments(args)
-    config = SHAPES[args.shape]
-    name = args.shape
-    if args.ckpt:
-        config = at_rate(read_json(Path(args.ckpt) / "config.json"), None)
-        name = Path(args.ckpt).resolve().name
+    config, small, name = shapes_of(args)
     cfg = parse_config(config)
+    rate = small["air"]["rate"]
     batches = [(batch, 32, args.tokens) for batch in numbers("--batches", args.batches)]
     prompts = [(1, min(length, cfg.context - 1), 1)
                for length in numbers("--prompts", args.prompts)]
@@ -312,10 +325,10 @@ def main():
     path = Path(args.out or ROOT / "experiments/results" / f"decode-{name}-{args.device}.json")
     device = torch.device(args.device)
     for dtype in args.dtypes.split(","):
-        common = {"shape": name, "dtype": dtype, "rate": args.rate, "vocab": cfg.vocab}
+        common = {"shape": name, "dtype": dtype, "rate": rate, "vocab": cfg.vocab}
         common |= machine(args.device) | versions()
         with tempfile.TemporaryDirectory() as folder:
-            sides = sides_of(config, args.rate, device, getattr(torch, dtype), folder,
+            sides = sides_of(config, small, device, getattr(torch, dtype), folder,
                              args.sides)
             for what in batches + prompts:
                 rows += rows_of(sides, what, common, args.rounds)

@@ -180,7 +180,7 @@ def test_a_row_of_table_11_is_measured_and_beyond_its_budget_it_is_not(gpu):
 
 
 def test_sides_of_decode_take_turns_on_the_gpu(gpu, tmp_path):
-    sides = decode.sides_of(SHAPES["demo"], 0.6, gpu, torch.bfloat16, tmp_path)
+    sides = decode.sides_of(SHAPES["demo"], at_rate(SHAPES["demo"], 0.6), gpu, torch.bfloat16, tmp_path)
     common = {"dtype": "bfloat16", "vocab": 2048}
     rows = decode.rows_of(sides, (2, 8, 4), common, 1)
     assert {"dense", "0.6", "dense, compiled", "0.6, compiled"} <= {row["side"] for row in rows}

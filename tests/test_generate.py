@@ -18,7 +18,7 @@ from experiments.shapes import SHAPES, at_rate, random_model
 from model import LAYERS, Llama, LowRank
 from support import fast
 from support.checkpoint import Checkpoint
-from support.config import parse_config
+from support.config import compressed_config, parse_config
 from support.script import InputError
 
 
@@ -642,6 +642,20 @@ def test_decode_keeps_what_was_measured_before_a_failure(monkeypatch, tmp_path):
     with pytest.raises(MemoryError):
         decode.main()
     assert [row["batch"] for row in json.loads(out.read_text())["rows"]] == [1, 1]
+
+
+def test_of_a_result_decode_has_the_ranks(tmp_path, monkeypatch):
+    """Beside the dense model that it was made of; a layer without a rank is dense in both."""
+    ranks = {"model.layers.0.self_attn.v_proj": 3, "model.layers.1.mlp.up_proj": 5}
+    result = compressed_config(SHAPES["demo"], {"rate": 0.9, "ranks": ranks})
+    (tmp_path / "config.json").write_text(json.dumps(result))
+    made, plain = [], decode.random_model
+    monkeypatch.setattr(decode, "random_model", lambda *arguments: made.append(plain(*arguments)) or made[-1])
+    arguments = "--dtypes float32 --batches 1 --prompts , --tokens 2 --rounds 1 --sides dense;0.9 --ckpt"
+    monkeypatch.setattr(sys, "argv", ["decode.py", *arguments.split(), str(tmp_path), "--out", f"{tmp_path}/d.json"])
+    decode.main()
+    assert [model.cfg.ranks for model in made] == [{}, ranks]
+    assert [row["rate"] for row in json.loads((tmp_path / "d.json").read_text())["rows"]] == [0.9, 0.9]
 
 
 def test_sides_take_turns(tmp_path, monkeypatch, capsys):
