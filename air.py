@@ -496,22 +496,31 @@ class Options:
                         "mixed: some layers stay dense")
 
     @property
+    def reads(self):
+        """Which statistics the method reads: `Method.reads`."""
+        return METHODS[self.method].reads
+
+    @property
     def measured(self):
         """Not in the paper: are ranks chosen by measurement?"""
         return self.ranks != "uniform"
 
     @property
+    def calibrated(self):
+        """Is calibration text read, by the method or for its ranks? Not by plain SVD."""
+        return self.reads != "nothing" or self.measured
+
+    @property
     def backward(self):
         """The signal a backward sweep must collect; None if the forward one is enough."""
-        reads = METHODS[self.method].reads
-        signal = self.signal if reads == "influence" else reads
+        signal = self.signal if self.reads == "influence" else self.reads
         return signal if signal in SIGNALS and SIGNALS[signal].target else None
 
     @property
     def share(self):
         """Of the dense model's inputs in the aim of `anchored`; None: weights are fitted to
         them alone."""
-        if self.anchor is None and METHODS[self.method].reads == "streams":
+        if self.anchor is None and self.reads == "streams":
             return 1.0
         return self.anchor
 
@@ -522,7 +531,7 @@ class Options:
 
     def weights(self):
         """(signal, δ) of Eq. 4; (backward signal, None) of a method without it."""
-        if METHODS[self.method].reads == "influence":
+        if self.reads == "influence":
             return self.signal, self.delta
         return self.backward, self.delta if self.method == "kfac-air" else None
 
@@ -790,7 +799,7 @@ def prepare(args):
     check_signal(options.backward, dtype)
     calib, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
     windows = held = torch.empty(0, seqlen, dtype=torch.long)
-    if METHODS[options.method].reads != "nothing" or options.measured:
+    if options.calibrated:
         windows = calibration_windows(calib, ckpt, samples, seqlen, args.seed)
     if options.measured:
         held = by_measurement.held_windows(calib, ckpt, windows, args.seed)
@@ -845,9 +854,9 @@ def make_plan(job, need):
     # Only a way back needs the inputs again.
     measured = job.options.measured
     spill = job.spill if signal or measured else None
-    reads_any = METHODS[job.options.method].reads != "nothing" or measured
     kinds = {"gram", signal, "kfac" if measured else signal}
-    plan.place((f"{job.out}.partial", need), spill, job.stats if reads_any else None, kinds)
+    stats = job.stats if job.options.calibrated else None
+    plan.place((f"{job.out}.partial", need), spill, stats, kinds)
     plan.check()
     return plan
 
@@ -867,8 +876,7 @@ def sweep_of(job, blocks, signal):
 
 def own_sweep(job, blocks):
     """What the method reads of `blocks`."""
-    reads = METHODS[job.options.method].reads
-    if reads == "nothing":
+    if job.options.reads == "nothing":
         return ((l, {}) for l in blocks)
     share = job.options.share
     signal = job.options.backward

@@ -39,6 +39,7 @@ FORMS = {
     "two-sided, measured ranks": ({"method": "kfac", "ranks": "auto"}, "green", "P"),
     "two-sided, anchored, measured ranks": (
         {"method": "kfac", "anchor": SHARE, "ranks": "auto"}, "olive", "X"),
+    "SVD-LLM(W), mixed ranks": ({"method": "svdllm", "ranks": "mixed"}, "blue", "P"),
     "AIR, δ = 2, mixed ranks": (
         {"method": "air", "delta": 2.0, "ranks": "mixed"}, "red", "*"),
     "two-sided, anchored, mixed ranks": (
@@ -47,7 +48,8 @@ FORMS = {
 FAR = 100           # what is so many times above the dense model is not in the picture
 # Not in the README's table.
 BESIDE = ("GFWSVD", "two-sided", "two-sided, AIR's sweep, δ = 0.5", "AIR, δ = 2, anchored",
-          "SVD-LLM(W), measured ranks", "two-sided, anchored, measured ranks")
+          "SVD-LLM(W), measured ranks", "two-sided, anchored, measured ranks",
+          "SVD-LLM(W), mixed ranks")
 
 
 def setting_of(name, rate):

@@ -125,11 +125,6 @@ def options_of(setting):
     return Options(**{"ridge": 0.0} | given)
 
 
-def reads_nothing(options):
-    """Does the method see no calibration text, as plain SVD?"""
-    return METHODS[options.method].reads == "nothing" and not options.measured
-
-
 def source_of(options):
     """The file in which the method is written, relative to the repository."""
     path = inspect.getsourcefile(METHODS[options.method].factors)
@@ -316,7 +311,7 @@ class Lab:
     def sweep(self, options, windows):
         """What a method reads; one without a backward signal shares lrp's statistics."""
         every = range(self.ckpt.cfg.n_layers)
-        if METHODS[options.method].reads == "nothing":
+        if options.reads == "nothing":
             return ((l, {}) for l in every)
         signal = options.backward
         if options.share is None:
@@ -393,7 +388,7 @@ class Lab:
         jobs = []
         for seed in (None, *self.seeds):
             for setting in settings:
-                if reads_nothing(options_of(setting)) == (seed is None):
+                if options_of(setting).calibrated == (seed is not None):
                     jobs.append(self.job(setting, seed))
         return jobs
 

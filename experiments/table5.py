@@ -24,6 +24,7 @@ FORMS = {
     "two-sided, measured ranks": {"method": "kfac", "ranks": "auto", "ridge": None},
     "two-sided, anchored, measured ranks": {
         "method": "kfac", "ranks": "auto", "ridge": None, "anchor": SHARE},
+    "two-sided, mixed ranks": {"method": "kfac", "ranks": "mixed", "ridge": None},
 }
 OURS = tuple(FORMS)[2:]
 STACKS = {

@@ -142,8 +142,8 @@ def stay_dense(wholes, scales, ranks, step, budget):
         # Of each rank k that there may be: its parameters, its loss, the line to dense.
         spent = torch.arange(least, most + 1) * float(whole.cost)
         loss = (whole.total - whole.energy.cumsum(0)[least - 1:most]).clamp_min(0)
-        missing = (whole.dense - spent).clamp_min(1)
-        line = loss / missing
+        missing = whole.dense - spent
+        line = loss / missing.clamp_min(1)
         last = int(line.argmin())                           # where the line leaves the curve
         curve = whole.energy[least:least + last] / whole.cost
         values.append(torch.cat((curve, line[last:last + 1])) * scales[layer])
@@ -165,6 +165,8 @@ def spend(wholes, scales, ranks, step, budget):
     dense = stay_dense(wholes, scales, ranks, step, budget)
     budget -= sum(wholes[layer].dense for layer in dense)
     rest = {layer: whole for layer, whole in wholes.items() if layer not in dense}
+    if not rest:
+        return {}
     least = {}
     values = []
     costs = []

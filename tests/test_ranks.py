@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import in_process, script, write_checkpoint
+from conftest import TINY, in_process, script, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import air as A
@@ -216,6 +216,18 @@ def test_where_a_layer_stays_dense_the_others_are_what_they_would_be(tiny, windo
         whole, rest = tensors
         assert rest.keys() == {name for name in whole if f".{apart}." not in name}
         assert all(torch.equal(w, whole[name]) for name, w in rest.items())
+
+
+def test_a_budget_for_all_leaves_all_dense(tmp_path):
+    """At rate 1 components cost a layer of even, equal sides exactly what it costs dense."""
+    config = dict(TINY, intermediate_size=TINY["hidden_size"], num_key_value_heads=TINY["num_attention_heads"])
+    write_checkpoint(tmp_path / "m", config)
+    np.save(tmp_path / "w.npy", np.random.RandomState(3).randint(0, 64, size=(6, 24)))      # where dense is best
+    done = in_process("air", "--ckpt", tmp_path / "m", "--calib", tmp_path / "w.npy", "--text", tmp_path / "w.npy",
+                      "--rate", 1, "--ranks", "mixed", "--out", tmp_path / "out", "--json", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["rate_decomposed"] == 1 and found["ppl_compressed"] == found["ppl_dense"]
 
 
 def test_a_step_that_makes_it_worse_is_not_taken(tiny, windows, monkeypatch):
