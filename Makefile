@@ -32,8 +32,8 @@ lint: .venv/ready
 # The paper's tables and figures on the demo, and the closed forms; goes on where it stopped. Two processes, a core
 # each, with statistics of their own: a run that collects some keeps others out. Ctrl-C ends both. Pictures need
 # matplotlib, numbers do not.
-FIRST = table2 table4 table7 table8 fig1 fig2 fig3
-SECOND = closed fig5 fig6 a6 open_questions
+FIRST = table2 table4 table7 table8 fig1 fig2 fig3 a6
+SECOND = closed fig5 fig6 open_questions
 each = (for name in $(1); do .venv/bin/python experiments/$$name.py $(2) || exit 1; done)
 experiments: .venv/ready
 	-$(PIP) matplotlib

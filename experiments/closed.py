@@ -46,10 +46,11 @@ FORMS = {
         {"method": "kfac", "anchor": SHARE, "ranks": "mixed"}, "black", "*"),
 }
 FAR = 100           # what is so many times above the dense model is not in the picture
-# Not in the README's table.
+# In the notebook's table alone.
 BESIDE = ("GFWSVD", "two-sided", "two-sided, AIR's sweep, δ = 0.5", "AIR, δ = 2, anchored",
           "SVD-LLM(W), measured ranks", "two-sided, anchored, measured ranks",
           "SVD-LLM(W), mixed ranks")
+README_FORMS = [name for name in FORMS if name not in BESIDE]
 
 
 def setting_of(name, rate):
@@ -92,18 +93,17 @@ def markdown(result):
 def side_by_side(results):
     """The README's table: the closed forms on all models, as far as they were measured."""
     lines = []
-    names = [name for name in FORMS if name not in BESIDE]
     for model in ("smollm2", "demo", "demo-muon"):
         path = results / f"closed-{model}.json"
         if not path.exists():
             continue
         result = json.loads(path.read_text("utf-8"))
         for rate in RATES:
-            found = [cells(result, name, rate)[0] for name in names]
+            found = [cells(result, name, rate)[0] for name in README_FORMS]
             if set(found) != {"–"}:
                 dense = f"{result['dense']:.2f}"
                 lines.append([report.MODELS[model], f"{rate:g}", dense, *found])
-    return report.table(["", "kept", "dense", *names], lines)
+    return report.table(["", "kept", "dense", *README_FORMS], lines)
 
 
 def verdicts(result):
@@ -112,9 +112,10 @@ def verdicts(result):
 
 
 def picture(plt, result):
-    """Perplexity against rate, of what is within FAR times the dense model's."""
-    figure, ax = plt.subplots(figsize=(7, 4.5))
-    for name, (_, colour, marker) in FORMS.items():
+    """Perplexity against rate of the README's forms, within FAR times the dense model's."""
+    figure, ax = plt.subplots(figsize=(8.5, 4), layout="constrained")
+    for name in README_FORMS:
+        _, colour, marker = FORMS[name]
         found = {rate: mean_spread(ppl(result, name, rate)) for rate in RATES
                  if ppl(result, name, rate)}
         near = {rate: point for rate, point in found.items()
@@ -127,8 +128,7 @@ def picture(plt, result):
            ylabel="perplexity a token (log scale)",
            title=report.MODELS.get(result["checkpoint"], result["checkpoint"]))
     ax.invert_xaxis()
-    ax.legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 
