@@ -41,7 +41,9 @@ FORMS = {
         {"method": "kfac", "anchor": SHARE, "ranks": "auto"}, "olive", "X"),
     "SVD-LLM(W), mixed ranks": ({"method": "svdllm", "ranks": "mixed"}, "blue", "P"),
     "AIR, δ = 2, mixed ranks": (
-        {"method": "air", "delta": 2.0, "ranks": "mixed"}, "red", "*"),
+        {"method": "air", "delta": 2.0, "ranks": "mixed"}, "red", "X"),
+    "AIR, δ = 2, anchored, mixed ranks": (
+        {"method": "air", "delta": 2.0, "anchor": SHARE, "ranks": "mixed"}, "red", "*"),
     "two-sided, anchored, mixed ranks": (
         {"method": "kfac", "anchor": SHARE, "ranks": "mixed"}, "black", "*"),
 }
@@ -49,7 +51,7 @@ FAR = 100           # what is so many times above the dense model is not in the 
 # In the notebook's table alone.
 BESIDE = ("GFWSVD", "two-sided", "two-sided, AIR's sweep, δ = 0.5", "AIR, δ = 2, anchored",
           "SVD-LLM(W), measured ranks", "two-sided, anchored, measured ranks",
-          "SVD-LLM(W), mixed ranks")
+          "SVD-LLM(W), mixed ranks", "AIR, δ = 2, mixed ranks")
 README_FORMS = [name for name in FORMS if name not in BESIDE]
 
 
