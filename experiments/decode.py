@@ -303,10 +303,11 @@ def shapes_of(args):
         return config, at_rate(config, args.rate), args.shape
     raw = read_json(Path(args.ckpt) / "config.json")
     name = Path(args.ckpt).resolve().name
-    if "ranks" not in raw.get("air", {}):
-        return raw, at_rate(raw, args.rate), name
+    section = raw.get("air", {})
+    if not section.keys() >= {"rate", "ranks"}:
+        return at_rate(raw, None), at_rate(raw, args.rate), name
     config = dense_config(raw)
-    return config, config | {"air": raw["air"]}, name
+    return config, config | {"air": {key: section[key] for key in ("rate", "ranks")}}, name
 
 
 def main():

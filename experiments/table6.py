@@ -16,7 +16,7 @@ from experiments.stack import measure
 from support.packed import WIDTHS
 from support.script import run
 
-# Table 5's, but for the anchored one.
+# Those of Table 5 whose layers are all factors, fitted to the dense model's inputs.
 FORMS = {name: table5.FORMS[name] for name in ("SVD-LLM(W)", "AIR", "two-sided, measured ranks")}
 RATE = 0.6
 ROUNDINGS = {"gptq": "GPTQ", "rtn": "RTN"}
