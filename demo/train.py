@@ -6,6 +6,7 @@ The text is the source of its standard library. The checkpoint kept is the one w
 perplexity on the held-out files; nothing else decides. A killed run goes on where it was.
 """
 import argparse
+import io
 import json
 import math
 import os
@@ -89,13 +90,14 @@ def train_tokenizer(rows, out):
     """SentencePiece BPE with LLaMA's settings (byte fallback, split digits, no normalisation),
     2,048 pieces."""
     lines = (line for row in rows for line in row.split("\n") if line.strip())
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_prefix=str(out / "tokenizer"), model_type="bpe",
+        sentence_iterator=lines, model_writer=model, model_type="bpe",
         vocab_size=2048, byte_fallback=True, split_digits=True, character_coverage=0.9995,
         normalization_rule_name="identity", remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True, max_sentence_length=100_000, num_threads=2,
         minloglevel=2)
-    (out / "tokenizer.vocab").unlink()
+    write_whole(out / "tokenizer.model", model.getvalue())
     return sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
 
 

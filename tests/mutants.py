@@ -158,6 +158,12 @@ MUTANTS = [     # what, file, correct text, mistake, the tests that look
      "test_generate"),
     ("a compiled sum over the wrong numbers", "support/fast.py", "wide(b)[..., None, :, :]).sum(-2)",
      "wide(b)[..., None, :1, :]).sum(-2)", "test_generate"),
+    ("a killed run draws other numbers", "demo/train.py", "torch.set_rng_state(state[\"random\"])", "pass",
+     "test_demo"),
+    ("norms decay", "demo/train.py", '{"params": norms, "weight_decay": 0}', '{"params": norms, **decay}', "test_demo"),
+    ("the last evaluation is kept", "demo/train.py", "            if ppl < best:\n", "            if True:\n",
+     "test_demo"),
+    ("micro-batches add up", "demo/train.py", "loss = loss / len(batches)", "pass", "test_demo"),
     ("gate and up exchanged", "experiments/decode.py", '"mlp.gate_proj": "ffn_gate"', '"mlp.gate_proj": "ffn_up"',
      "test_generate"),
 ]
