@@ -7,6 +7,7 @@ it; the golden logits of the transformers package are in tests/golden. Writes
 experiments/results/agreement.json: the largest distance over all layers, relative in
 Frobenius norm, of logits absolute.
 """
+import argparse
 import json
 import subprocess
 import sys
@@ -87,10 +88,13 @@ def distances(folder):
 
 
 def main():
-    folder = Path(*sys.argv[1:2])
-    if len(sys.argv) != 2 or not (folder / "official.npz").is_file():
-        raise InputError("expected one folder, with a checkpoint and the authors' numbers "
-                         "for it in official.npz, which are not part of this repository")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("folder", metavar="FOLDER", type=Path)
+    folder = p.parse_args().folder
+    if not (folder / "official.npz").is_file():
+        raise InputError(f"{folder} has no official.npz; expected a folder with a checkpoint and "
+                         "the authors' numbers for it, which are not part of this repository")
     worst = {}
     for what, value in distances(folder):
         worst[what] = max(worst.get(what, 0.0), float(value))

@@ -4,6 +4,7 @@
 
 From the JSON in experiments/results; nothing is measured.
 """
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -81,6 +82,9 @@ def contents(results):
 
 
 def main():
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.parse_args()
     text = contents(RESULTS)
     refresh("contents", text)
     print(text)

@@ -2,7 +2,7 @@
 
     python experiments/table5.py                  # the demo; continues where it stopped
 
-SVD-LLM(W), AIR and the best closed form alone, with LoRA, with retraining, with both, with
+SVD-LLM(W), AIR and closed forms beyond it alone, with LoRA, with retraining, with both, with
 block refinement. All learn from the calibration windows alone. Writes
 experiments/results/table5-NAME.json.
 """

@@ -2,7 +2,7 @@
 
     python experiments/table6.py                  # the demo; continues where it stopped
 
-Of SVD-LLM(W), AIR and the best closed form at rate 0.6. Writes
+Of SVD-LLM(W), AIR and the two-sided form with measured ranks at rate 0.6. Writes
 experiments/results/table6-NAME.json.
 """
 import sys
