@@ -58,7 +58,8 @@ def picture(plt, result):
         image = ax.imshow(values, cmap="RdBu_r", vmin=-15, vmax=15, aspect="auto")
         for y, row in enumerate(values):
             for x, value in enumerate(row):
-                ax.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=8,
+                said = f"{value:+.1f}" if value < 1000 else f"{1 + value / 100:,.0f} ×"
+                ax.text(x, y, said, ha="center", va="center", fontsize=8,
                         color="black" if abs(value) < 10 else "white")
         ax.set(xticks=range(len(TOKENS)), xticklabels=[held(result, each) for each in TOKENS],
                xlabel="calibration tokens an input", title=f"ridge {ridge_name(ridge)}")
