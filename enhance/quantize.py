@@ -3,9 +3,10 @@
     python enhance/quantize.py --ckpt out/demo-air-0.6 --bits 4 --out out/demo-air-0.6-4bit
 
 Block by block in the compressed model's stream: V is quantized by its inputs, then U by its
-own, which come *through the quantized V*, so that U answers for what V lost (Table 6). Two
-roundings: to the nearest code (RTN), and GPTQ's (Frantar et al., 2023), which moves each
-column's error to those that follow. All of this project's commands read the result.
+own, which come *through the quantized V* (Table 6). Two roundings: to the nearest code (RTN),
+and GPTQ's (Frantar et al., 2023), which moves each column's error to those that follow. Not in
+the paper: --smooth and --rotate even out what is rounded, --refit has U make up for what V
+lost. All of this project's commands read the result.
 
 Shapes: m out, n in; a factor (rows, columns), of which `group` columns share a grid.
 """
@@ -15,15 +16,15 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
-from calibrate import block_forward, embed
+from calibrate import embed
 from model import LowRank, rope
 from support.checkpoint import result_bytes
-from support.learning import advance, check_finite, own
+from support.even import EVEN, even_out, refit
+from support.learning import advance, input_grams, own
 from support.packed import WIDTHS, dequantize, grid_of, packed_tensors
 from support.progress import told
 from support.result import make_plan, weights_of, with_packed, write_blocks
 from support.script import run
-from support.smooth import smooth
 from support.task import arguments, prepare
 
 DAMP = 0.01             # of the Hessian's mean diagonal, added to it (GPTQ's)
@@ -104,24 +105,6 @@ def factors_of(block, which):
             for name, layer in block.named_modules() if isinstance(layer, LowRank)}
 
 
-def input_grams(block, layers, h, angles):
-    """{name: ΣXXᵀ (n, n)} of the inputs that `layers` {name: Linear} see, the block's
-    input being h (N, T, dim); products in fp32, sums in fp64."""
-    grams = {name: 0 for name in layers}
-    hooks = []
-    for name, layer in layers.items():
-        def note(_, inputs, name=name):
-            x = inputs[0].flatten(0, -2).float()
-            grams[name] = grams[name] + (x.T @ x).double()
-        hooks.append(layer.register_forward_pre_hook(note))
-    block_forward(block, h, torch.empty_like(h), angles, gram=False)
-    for hook in hooks:
-        hook.remove()
-    for name, gram in grams.items():
-        check_finite(gram, f"ΣXXᵀ of {name}")
-    return grams
-
-
 def quantize_block(block, h, angles, options, dtype):
     """Quantize a block's factors in place, V first.
 
@@ -129,12 +112,21 @@ def quantize_block(block, h, angles, options, dtype):
     """
     tensors = {}
     errors = {}
+    first = factors_of(block, "V")
+    whole = {name: layer.weight.clone() for name, layer in first.items()}
     for which in ("V", "U"):
         layers = factors_of(block, which)
+        read = layers
+        if options["refit"]:                                    # V's own once more, as they are now
+            read = first | layers
         # The inputs of U come through the V that was just quantized.
-        grams = input_grams(block, layers, h, angles)
+        grams = input_grams(block, read, h, angles)
         for name, layer in layers.items():
-            made, Q, *errors[name] = quantize_factor(layer.weight, grams[name], options, dtype)
+            W = layer.weight
+            if which == "U" and options["refit"]:
+                V = name.removesuffix("U") + "V"
+                W = refit(W, whole[V], first[V].weight, grams[V])
+            made, Q, *errors[name] = quantize_factor(W, grams[name], options, dtype)
             layer.weight.copy_(Q.to(dtype))
             tensors |= packed_tensors(f"{name}.weight", *made, options["bits"])
     return tensors, errors
@@ -152,7 +144,7 @@ def quantize(task, finished):
         block = own(task.ckpt.block(l, task.device, task.dtype))
         state = finished(l)
         if state is None:
-            scales = smooth(block, task.ckpt.cfg) if task.options["smooth"] else {}
+            scales = even_out(block, task.ckpt.cfg, task.options, task.seed + l)
             packed, errors = quantize_block(block, h, angles, task.options, task.ckpt.dtype)
             # Biases, norms and what was left dense stay as they are, but for the smoothing.
             yield l, with_packed(task.ckpt, l, packed, scales), errors
@@ -187,10 +179,13 @@ def main():
     p.add_argument("--bits", type=int, choices=WIDTHS, default=4, help="(default 4)")
     p.add_argument("--group", type=int, default=0, help="columns a grid (default 0: all)")
     p.add_argument("--rounding", choices=("gptq", "rtn"), default="gptq", help="(default gptq)")
-    p.add_argument("--smooth", action="store_true", help="even out columns first, at no cost")
+    for name, what in EVEN.items():
+        p.add_argument(f"--{name}", action="store_true", help=what)
     args = p.parse_args()
     grid = {"bits": args.bits, "group": args.group}
-    how = {"rounding": args.rounding, "smooth": args.smooth}
+    how = {"rounding": args.rounding}
+    for name in EVEN:
+        how[name] = vars(args)[name]
     task = prepare("quantize", args, grid | how)
     write_blocks(task, args, plan(task), lambda done: quantize(task, done), line,
                  {"quantized": grid})

@@ -59,6 +59,24 @@ def advance(block, h, angles):
     block_forward(block, h, h, angles, gram=False)
 
 
+def input_grams(block, layers, h, angles):
+    """{name: ΣXXᵀ (n, n)} of the inputs that `layers` {name: Linear} see, the block's
+    input being h (N, T, dim); products in fp32, sums in fp64."""
+    grams = {name: 0 for name in layers}
+    hooks = []
+    for name, layer in layers.items():
+        def note(_, inputs, name=name):
+            x = inputs[0].flatten(0, -2).float()
+            grams[name] = grams[name] + (x.T @ x).double()
+        hooks.append(layer.register_forward_pre_hook(note))
+    block_forward(block, h, torch.empty_like(h), angles, gram=False)
+    for hook in hooks:
+        hook.remove()
+    for name, gram in grams.items():
+        check_finite(gram, f"ΣXXᵀ of {name}")
+    return grams
+
+
 # ------------------------------------------------------------ a step
 def products(device, dtype):
     """Matrix products in `dtype`, where parameters that learn are in fp32."""

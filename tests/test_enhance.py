@@ -38,7 +38,7 @@ from support import export
 from support.checkpoint import Checkpoint, TensorFolder, Writer
 from support.config import parse_config
 from support.learning import Course, balance, learn, linear_at, own, rate_at, warm_up_of
-from support.smooth import even_scale, smooth
+from support.even import EVEN, even_scale, refit, rotate, smooth
 from support.task import Task, code_of, dense_of, split
 from support.packed import WIDTHS, pack, unpack, widen
 from support.script import InputError, run
@@ -574,7 +574,7 @@ def test_activations_that_overflow_are_a_sentence(made, tmp_path, name):
 def test_an_edited_loss_is_another_result(made, windows, monkeypatch):
     """Whatever a file takes its rules from is in the digest by which states and cells are told apart."""
     for name, folder, used in (("lora", "enhance", "enhance/retrain.py"), ("quantize", "enhance", "support/packed.py"),
-                               ("quantize", "enhance", "support/smooth.py"), ("acip", "peers", "enhance/lora.py"),
+                               ("quantize", "enhance", "support/even.py"), ("acip", "peers", "enhance/lora.py"),
                                ("acip", "peers", "enhance/retrain.py"), ("retrain", "enhance", "support/learning.py"),
                                ("retrain", "enhance", "support/task.py"), ("retrain", "enhance", "support/result.py"),
                                ("refine", "enhance", "model.py")):
@@ -904,7 +904,7 @@ def test_a_block_is_quantized_behind_the_quantized_ones(made, windows, monkeypat
     real = quantize_file.quantize_block
     monkeypatch.setattr(quantize_file, "quantize_block",
                         lambda block, h, *a: seen.append(h.clone()) or real(block, h, *a))
-    options = {"bits": 3, "group": 0, "rounding": "gptq", "smooth": False}
+    options = {"bits": 3, "group": 0, "rounding": "gptq"} | dict.fromkeys(EVEN, False)
     task = task_of(ckpt, windows, windows[:0], **options)
     (_, first, _), _ = quantize_file.quantize(task, lambda l: None)
     model = ckpt.model(CPU, FP32)
@@ -934,7 +934,7 @@ def test_inputs_of_u_come_through_the_quantized_v(made):
     quantize_file.quantize_factor = lambda W, H, *a: seen.append((W.clone(), H)) or real(W, H, *a)
     try:
         with torch.no_grad():
-            options = {"bits": 3, "group": 0, "rounding": "gptq"}
+            options = {"bits": 3, "group": 0, "rounding": "gptq", "refit": False}
             quantize_file.quantize_block(block, h, rope(ckpt.cfg, 16), options, FP32)
     finally:
         quantize_file.quantize_factor = real
@@ -945,6 +945,109 @@ def test_inputs_of_u_come_through_the_quantized_v(made):
     assert distance(seen[7][1], z.T @ z) < 1e-5
     old = x @ seen[0][0].T
     assert distance(seen[7][1], old.T @ old) > 1e-3
+
+
+@pytest.mark.parametrize("changes", ({}, {"architectures": ["Qwen2ForCausalLM"]}))
+def test_turned_ranks_are_alike_and_compute_what_they_did(start, tmp_path, changes):
+    """On grouped-query heads and with biases; ranks fall by orders of magnitude where inputs do."""
+    ckpt, _ = uneven(tmp_path, start, **changes)
+    h = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0))
+    angles = rope(ckpt.cfg, 16)
+    block = own(ckpt.block(1, CPU, FP32))
+    before = block(h, angles)
+    old = {name: layer for name, layer in own(block).named_modules() if isinstance(layer, LowRank)}
+    rotate(block, 7)
+    assert distance(block(h, angles), before) < 1e-5 and len(old) == 7
+    for name, layer in old.items():
+        new = block.get_submodule(name)
+        # What is orthogonal keeps all inner products, and moves every rank.
+        V, U, old_V, old_U = (w.weight.double() for w in (new.V, new.U, layer.V, layer.U))
+        assert distance(V.T @ V, old_V.T @ old_V) < 1e-5 and distance(U @ U.T, old_U @ old_U.T) < 1e-5
+        assert distance(V, old_V) > 0.5 and distance(U, old_U) > 0.5
+    # Components of very different size end within a few times of each other.
+    steep = LowRank(40, 30, 20, False)
+    size = torch.logspace(0, -4, 20)
+    steep.V.weight.data = torch.linalg.qr(torch.randn(40, 20)).Q.T * size[:, None]
+    steep.U.weight.data = torch.linalg.qr(torch.randn(30, 20)).Q * size
+    spread = lambda w: (w.norm(dim=0).max() / w.norm(dim=0).min()).item()               # noqa: E731
+    rotate(torch.nn.Sequential(steep), 0)
+    assert max(spread(steep.U.weight), spread(steep.V.weight.T)) < 100
+    again, other = (own(ckpt.block(1, CPU, FP32)) for _ in range(2))
+    rotate(again, 7)
+    rotate(other, 8)
+    w = block.self_attn.q_proj.V.weight
+    assert torch.equal(w, again.self_attn.q_proj.V.weight) and distance(w, other.self_attn.q_proj.V.weight) > 0.5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_refit_is_the_least_squares_solution(seed):
+    """Against regression over the inputs themselves, ρ as k further rows."""
+    g = torch.Generator().manual_seed(seed)
+    U, V = torch.randn(9, 5, dtype=FP64, generator=g), torch.randn(5, 12, dtype=FP64, generator=g)
+    Q = V + 0.3 * torch.randn(5, 12, dtype=FP64, generator=g)
+    X = torch.randn(200, 12, dtype=FP64, generator=g) @ torch.randn(12, 12, dtype=FP64, generator=g)
+    through = X @ Q.T
+    rho = 0.01 * through.square().sum(0).mean()
+    rows = torch.cat((through, rho.sqrt() * torch.eye(5, dtype=FP64)))
+    wanted = torch.cat((X @ V.T @ U.T, rho.sqrt() * U.T))
+    fitted = refit(U, V, Q, X.T @ X)
+    assert fitted.dtype == FP32 and distance(fitted, torch.linalg.lstsq(rows, wanted).solution.T) < 1e-6
+    lost = [(X @ V.T @ U.T - through @ each.double().T).norm() for each in (fitted, U)]
+    assert lost[0] < 0.95 * lost[1]
+    # Nothing was lost, and nothing is known: U stays.
+    for same in (refit(U, V, V, X.T @ X), refit(U, V, Q, torch.zeros(12, 12))):
+        assert distance(same, U) < 1e-6
+
+
+def test_u_is_fitted_to_what_v_was_rounded_to_behind_the_rounded_layers(made, monkeypatch):
+    small, _, _ = made
+    ckpt = Checkpoint(small)
+    block, before = own(ckpt.block(0, CPU, FP32)), ckpt.block(0, CPU, FP32)
+    h = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0))
+    seen, states = [], []
+    names = [name.removesuffix(".U") for name in quantize_file.factors_of(block, "U")]
+
+    def note(*a):
+        # By now every V is the rounded one, and those U that came before.
+        states.append({f"{name}.{which}": own(getattr(block.get_submodule(name), which)).weight
+                       for name in names for which in "VU"})
+        seen.append([each.clone() for each in a])
+        return refit(*a)
+    monkeypatch.setattr(quantize_file, "refit", note)
+    with torch.no_grad():
+        quantize_file.quantize_block(block, h, rope(ckpt.cfg, 16),
+                                     {"bits": 3, "group": 0, "rounding": "gptq", "refit": True}, FP32)
+    assert len(seen) == 7
+    for name, (U, V, Q, H), state in zip(names, seen, states):
+        layer = before.get_submodule(name)
+        assert torch.equal(U, layer.U.weight) and torch.equal(V, layer.V.weight)
+        assert torch.equal(Q, state[f"{name}.V"]) and distance(Q, V) > 1e-3
+    # o's inputs: attention whose q, k and v have rounded V and their own U.
+    through = own(before)
+    for name in names:
+        through.get_submodule(name).V.weight.data = states[0][f"{name}.V"]
+    inputs = {}
+    through.self_attn.o_proj.register_forward_pre_hook(lambda _, x: inputs.update(o=x[0].flatten(0, -2)))
+    through(h, rope(ckpt.cfg, 16))
+    H = dict(zip(names, (each[3] for each in seen)))["self_attn.o_proj"]
+    assert distance(H, inputs["o"].T @ inputs["o"]) < 1e-5
+
+
+def test_turned_and_fitted_factors_lose_less(tmp_path):
+    """Of the demo, whose singular values fall; two of its six blocks."""
+    few = ["--samples", "16", "--seqlen", "128"]
+    done = in_process(air, "--layers", "1:3", "--out", tmp_path / "a", "--text", "none", *few)
+    assert done.returncode == 0, done.stderr
+    small = Checkpoint(tmp_path / "a")
+    windows, _, _ = evaluation_windows("stdlib", small, 128, 8)
+    lost = {}
+    for bits in (4, 3):
+        for how in ((), ("--rotate",), ("--rotate", "--refit")):
+            made = enhanced("quantize", tmp_path / "a", tmp_path / f"{bits}{len(how)}", *few, "--bits", bits, *how)
+            lost[bits, len(how)] = distance(*(each.model(CPU, FP32)(windows) for each in (made, small)))
+            did = made.raw["air"]["enhanced"][-1]
+            assert [did[name] for name in EVEN] == [False, "--rotate" in how, "--refit" in how]
+        assert lost[bits, 2] < lost[bits, 1] < lost[bits, 0] and lost[bits, 2] < 0.85 * lost[bits, 0], lost
 
 
 @pytest.mark.parametrize("bits,group", ((4, 0), (3, 16), (2, 8), (8, 0)))
@@ -982,8 +1085,9 @@ def test_biases_stay_as_they_are_and_a_killed_run_finds_them(tmp_path, changes):
     before = result_of(tmp_path / "tiny", tmp_path / "small", usual)
     biases = [name for name in before.names if name.endswith(".bias")]
     assert len(biases) >= 6
+    every = ("--rotate", "--refit")
     for name in FILES:
-        more = () if name == "quantize" else ("--epochs", "1")
+        more = every if name == "quantize" else ("--epochs", "1")
         after = enhanced(name, tmp_path / "small", tmp_path / name, *usual, *more)
         if name != "refine":                # which trains them
             assert all(torch.equal(after.tensor(bias), before.tensor(bias)) for bias in biases)
@@ -993,9 +1097,9 @@ def test_biases_stay_as_they_are_and_a_killed_run_finds_them(tmp_path, changes):
             "def once(self, *a):\n    save(self, *a)\n    os._exit(9)\n"
             "files.TensorFolder.save = once\nfile.main()") % str(ROOT)
     killed = subprocess.run([sys.executable, "-c", code, "quantize.py", "--ckpt", tmp_path / "small", "--out",
-                             tmp_path / "parts", "--text", "none", *map(str, usual)], capture_output=True, text=True)
+                             tmp_path / "parts", "--text", "none", *every, *map(str, usual)], capture_output=True, text=True)
     assert killed.returncode == 9, killed.stderr
-    enhanced("quantize", tmp_path / "small", tmp_path / "parts", *usual)
+    enhanced("quantize", tmp_path / "small", tmp_path / "parts", *usual, *every)
     whole, parts = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("quantize", "parts"))
     assert whole == parts
 

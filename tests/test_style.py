@@ -35,7 +35,7 @@ ORDER = [
     "air",
     "support.task",
     "support.learning",
-    "support.smooth",
+    "support.even",
     "support.result",
     "enhance.refine",
     "enhance.retrain",

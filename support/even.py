@@ -1,9 +1,24 @@
-"""Columns of one size, for a grid that serves a whole row (enhance/quantize.py --smooth)."""
+"""What loses less when it is rounded: columns and ranks of one size, a U fitted to the rounded
+V (enhance/quantize.py --smooth, --rotate, --refit). None of it costs the result anything."""
 import torch
 
 from model import LAYERS, LowRank
 
+# {option: what it does}, in this order
+EVEN = {"smooth": "even out columns before", "rotate": "even out ranks before",
+        "refit": "fit U to what V was rounded to"}
+RHO = 0.01              # of the mean square of U's inputs: how U is held to what it was
 
+
+def even_out(block, cfg, options, seed):
+    """What the options ask for before anything is rounded, in place; what `smooth` returns."""
+    scales = smooth(block, cfg) if options["smooth"] else {}
+    if options["rotate"]:
+        rotate(block, seed)
+    return scales
+
+
+# ------------------------------------------------------------ columns
 def even_scale(weights):
     """Powers of two (n,), about each column's root mean square over `weights` [(…, n)], the
     geometric mean of all being 1; 1 for a column of zeros."""
@@ -54,3 +69,40 @@ def smooth(block, cfg):
     for name, scale in found.items():
         names[name].data.mul_(scale)
     return found
+
+
+# ------------------------------------------------------------ ranks
+@torch.no_grad()
+def rotate(block, seed):
+    """Turn every layer's k ranks by a random orthogonal T (k, k), in place: U·Tᵀ and T·V.
+
+    Not in the paper: what QuIP and QuaRot (Chee et al., 2023; Ashkboos et al., 2024) do around
+    dense weights, two factors have room for between them. Rank r has √σ_r in U and in V, so
+    that a grid a row costs ~Σσ²; turned, all ranks have the mean of σ, which costs ~(Σσ)²/k,
+    never more. And U's inputs, uncorrelated before, leave GPTQ something to move.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for layer in block.modules():
+        if isinstance(layer, LowRank):
+            U = layer.U.weight
+            V = layer.V.weight
+            k = len(V)
+            normal = torch.randn(k, k, dtype=torch.float64, generator=generator)
+            T = torch.linalg.qr(normal).Q.to(V.device)
+            U.copy_(U.double() @ T.T)
+            V.copy_(T @ V.double())
+
+
+# ------------------------------------------------------------ U behind the rounded V
+def refit(U, V, Q, H):
+    """The U' (m, k) fp32 that makes of Qx, V rounded, what U (m, k) makes of Vx.
+
+    Not in the paper. Least squares over the inputs, ΣXXᵀ = H (n, n): U' minimises
+    Σ‖U'Qx − UVx‖² + ρ‖U' − U‖², in closed form (U V H Qᵀ + ρU)(Q H Qᵀ + ρI)⁻¹. V, Q (k, n).
+    """
+    U, V, Q, H = (each.double() for each in (U, V, Q, H))
+    G = Q @ H @ Q.T
+    rho = (RHO * G.diagonal().mean()).clamp_min(1e-30)      # inputs that are always 0: U' = U
+    fitted = U @ (V @ H @ Q.T) + rho * U
+    G.diagonal().add_(rho)
+    return torch.linalg.solve(G, fitted, left=False).float()
