@@ -18,8 +18,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from calibrate import embed
 from model import LowRank, rope
+from support.anchored import Streams
 from support.checkpoint import result_bytes
-from support.even import EVEN, even_out, refit
+from support.even import EVEN, even_out, refitted
 from support.learning import advance, input_grams, own
 from support.packed import WIDTHS, dequantize, grid_of, packed_tensors
 from support.progress import told
@@ -105,28 +106,27 @@ def factors_of(block, which):
             for name, layer in block.named_modules() if isinstance(layer, LowRank)}
 
 
-def quantize_block(block, h, angles, options, dtype):
+def quantize_block(block, streams, angles, options, dtype):
     """Quantize a block's factors in place, V first.
 
-    h (N, T, dim) its input. Returns ({name: tensor} as stored, {factor: [error, RTN's]}).
+    streams: what comes before the block, (N, T, dim), of the model as it was (with "refit")
+    and as it is quantized. Returns ({name: tensor} as stored, {factor: [error, RTN's]}).
     """
     tensors = {}
     errors = {}
-    first = factors_of(block, "V")
-    whole = {name: layer.weight.clone() for name, layer in first.items()}
+    if options["refit"]:
+        both = Streams({}, own(block), streams, angles, share=1.0)
+        both.compressed = block                                 # which is rounded in place
     for which in ("V", "U"):
         layers = factors_of(block, which)
-        read = layers
-        if options["refit"]:                                    # V's own once more, as they are now
-            read = first | layers
         # The inputs of U come through the V that was just quantized.
-        grams = input_grams(block, read, h, angles)
+        grams = input_grams(block, layers, streams[-1], angles)
         for name, layer in layers.items():
             W = layer.weight
+            gram = grams[name]
             if which == "U" and options["refit"]:
-                V = name.removesuffix("U") + "V"
-                W = refit(W, whole[V], first[V].weight, grams[V])
-            made, Q, *errors[name] = quantize_factor(W, grams[name], options, dtype)
+                W, gram = refitted(name.removesuffix(".U"), both)
+            made, Q, *errors[name] = quantize_factor(W, gram, options, dtype)
             layer.weight.copy_(Q.to(dtype))
             tensors |= packed_tensors(f"{name}.weight", *made, options["bits"])
     return tensors, errors
@@ -139,18 +139,22 @@ def quantize(task, finished):
     finished(l): the weights of a block that is quantized already, or None.
     """
     h = embed(task.ckpt, torch.cat((task.windows, task.held)), task.dtype)
+    streams = (h.clone(), h) if task.options["refit"] else (h,)
     angles = rope(task.ckpt.cfg, h.shape[1], task.device)
     for l in told("block", range(task.ckpt.cfg.n_layers)):
-        block = own(task.ckpt.block(l, task.device, task.dtype))
+        whole = task.ckpt.block(l, task.device, task.dtype)
+        block = own(whole)
         state = finished(l)
         if state is None:
             scales = even_out(block, task.ckpt.cfg, task.options, task.seed + l)
-            packed, errors = quantize_block(block, h, angles, task.options, task.ckpt.dtype)
+            packed, errors = quantize_block(block, streams, angles, task.options,
+                                            task.ckpt.dtype)
             # Biases, norms and what was left dense stay as they are, but for the smoothing.
             yield l, with_packed(task.ckpt, l, packed, scales), errors
         else:
             block.load_state_dict(state)
-        advance(block, h, angles)
+        for each, stream in zip((block, whole), streams[::-1]):
+            advance(each, stream, angles)
 
 
 # ------------------------------------------------------------ the command
@@ -159,9 +163,10 @@ def plan(task):
     cfg = task.ckpt.cfg
     tokens = (len(task.windows) + len(task.held)) * task.windows.shape[1]
     numbers = max(weights_of(task.ckpt, l) for l in range(cfg.n_layers))
-    # Three passes; a rounding moves each column's error to all that follow.
-    flops = cfg.n_layers * numbers * (6 * tokens + 4 * cfg.hidden)
-    stream = 2 * tokens * cfg.dim * task.dtype.itemsize
+    refits = task.options["refit"]
+    # Three passes, of both streams seven; a rounding moves each column's error to all that follow.
+    flops = cfg.n_layers * numbers * ((6 + 8 * refits) * tokens + 4 * cfg.hidden)
+    stream = (2 + refits) * tokens * cfg.dim * task.dtype.itemsize
     disk = {"result": result_bytes(task.ckpt, {}, task.options)}
     return make_plan(task, flops, stream, 12 * numbers + 16 * 7 * cfg.hidden**2, disk)
 

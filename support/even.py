@@ -2,11 +2,11 @@
 V (enhance/quantize.py --smooth, --rotate, --refit). None of it costs the result anything."""
 import torch
 
-from model import LAYERS, LowRank
+from model import LAYERS, READS, LowRank
 
 # {option: what it does}, in this order
 EVEN = {"smooth": "even out columns before", "rotate": "even out ranks before",
-        "refit": "fit U to what V was rounded to"}
+        "refit": "fit U to what the rounded V makes"}
 RHO = 0.01              # of the mean square of U's inputs: how U is held to what it was
 
 
@@ -94,15 +94,26 @@ def rotate(block, seed):
 
 
 # ------------------------------------------------------------ U behind the rounded V
-def refit(U, V, Q, H):
-    """The U' (m, k) fp32 that makes of Qx, V rounded, what U (m, k) makes of Vx.
+def refit(U, V, Q, gram, cross):
+    """What U becomes behind Q, V rounded, and ΣZZᵀ (k, k) fp64 of what it reads, Z = QX̂.
 
-    Not in the paper. Least squares over the inputs, ΣXXᵀ = H (n, n): U' minimises
-    Σ‖U'Qx − UVx‖² + ρ‖U' − U‖², in closed form (U V H Qᵀ + ρU)(Q H Qᵀ + ρI)⁻¹. V, Q (k, n).
+    Not in the paper. U' (m, k) fp32 makes of Z what U V made of the inputs X before anything
+    was rounded: least squares, ‖U'Z − UVX‖² + ρ‖U' − U‖², by
+    U' = (U V ΣXX̂ᵀ Qᵀ + ρU) (ΣZZᵀ + ρI)⁻¹. V, Q (k, n); gram ΣX̂X̂ᵀ, cross ΣXX̂ᵀ (n, n).
     """
-    U, V, Q, H = (each.double() for each in (U, V, Q, H))
-    G = Q @ H @ Q.T
+    U, V, Q, gram, cross = (each.double() for each in (U, V, Q, gram, cross))
+    G = Q @ gram @ Q.T
     rho = (RHO * G.diagonal().mean()).clamp_min(1e-30)      # inputs that are always 0: U' = U
-    fitted = U @ (V @ H @ Q.T) + rho * U
-    G.diagonal().add_(rho)
-    return torch.linalg.solve(G, fitted, left=False).float()
+    fitted = U @ (V @ cross @ Q.T) + rho * U
+    held = G + rho * torch.eye(len(G), dtype=G.dtype, device=G.device)
+    return torch.linalg.solve(held, fitted, left=False).float(), G
+
+
+def refitted(name, streams):
+    """`refit` of layer `name`; streams: an anchored.Streams of the block as it was (`.block`)
+    and as it is rounded up to there (`.compressed`)."""
+    was = streams.block.get_submodule(name)
+    rounded = streams.compressed.get_submodule(name)
+    gram = streams.get(f"{READS[name]}.gram")
+    cross = streams.get(f"{READS[name]}.cross")
+    return refit(was.U.weight, was.V.weight, rounded.V.weight, gram, cross)

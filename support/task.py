@@ -20,7 +20,8 @@ BOUNDS = {"epochs": (0, 10**6), "batch": (1, 10**6), "every": (1, 10**6),
 # What decides what is computed: of every file, and {file: what it reads besides}.
 SHARED_CODE = ("model.py", "calibrate.py", "support/task.py", "support/learning.py",
                "support/result.py")
-CODE = {"lora": ("enhance/retrain.py",), "quantize": ("support/packed.py", "support/even.py"),
+CODE = {"lora": ("enhance/retrain.py",),
+        "quantize": ("support/packed.py", "support/even.py", "support/anchored.py"),
         "acip": ("enhance/lora.py", "enhance/retrain.py")}
 # Files that learn by steps; the others go through all windows once.
 LEARN = ("refine", "lora", "retrain", "acip")

@@ -33,7 +33,7 @@ from eval_ppl import evaluate, evaluation_windows
 from experiments import scale
 from experiments.stack import block_tensors
 from generate import Decoder, generate
-from model import Llama, LowRank, rope
+from model import LAYERS, Llama, LowRank, rope
 from support import export
 from support.checkpoint import Checkpoint, TensorFolder, Writer
 from support.config import parse_config
@@ -896,22 +896,25 @@ def test_smoothing_leaves_dense_blocks_and_dead_columns_alone(start, tmp_path):
     assert torch.equal(even_scale([torch.zeros(4, 3)]), torch.ones(3))
 
 
-def test_a_block_is_quantized_behind_the_quantized_ones(made, windows, monkeypatch):
+@pytest.mark.parametrize("refits", (False, True))
+def test_a_block_is_quantized_behind_the_quantized_ones(made, windows, monkeypatch, refits):
     """Block 1's input against a whole model whose block 0 is unpacked."""
     small, _, _ = made
     ckpt = Checkpoint(small)
     seen = []
     real = quantize_file.quantize_block
     monkeypatch.setattr(quantize_file, "quantize_block",
-                        lambda block, h, *a: seen.append(h.clone()) or real(block, h, *a))
-    options = {"bits": 3, "group": 0, "rounding": "gptq"} | dict.fromkeys(EVEN, False)
+                        lambda block, h, *a: seen.append([x.clone() for x in h]) or real(block, h, *a))
+    options = {"bits": 3, "group": 0, "rounding": "gptq"} | dict.fromkeys(EVEN, False) | {"refit": refits}
     task = task_of(ckpt, windows, windows[:0], **options)
     (_, first, _), _ = quantize_file.quantize(task, lambda l: None)
     model = ckpt.model(CPU, FP32)
     before = output_of(model, 0, windows)
     model.load_state_dict(model.state_dict() | block_tensors(ckpt, 0, first, options))
-    assert distance(seen[0], output_of(model, -1, windows)) < 1e-6
-    assert distance(seen[1], output_of(model, 0, windows)) < 1e-5 < 1e-3 < distance(seen[1], before)
+    assert len(seen[1]) == 1 + refits and all(distance(x, output_of(model, -1, windows)) < 1e-6 for x in seen[0])
+    assert distance(seen[1][-1], output_of(model, 0, windows)) < 1e-5 < 1e-3 < distance(seen[1][-1], before)
+    # The other stream, of what U is fitted to, is the unquantized model's.
+    assert not refits or distance(seen[1][0], before) < 1e-6
 
 
 @pytest.mark.parametrize("dead", (0, 2))
@@ -935,7 +938,7 @@ def test_inputs_of_u_come_through_the_quantized_v(made):
     try:
         with torch.no_grad():
             options = {"bits": 3, "group": 0, "rounding": "gptq", "refit": False}
-            quantize_file.quantize_block(block, h, rope(ckpt.cfg, 16), options, FP32)
+            quantize_file.quantize_block(block, (h,), rope(ckpt.cfg, 16), options, FP32)
     finally:
         quantize_file.quantize_factor = real
     norm = ckpt.block(0, CPU, FP32).input_layernorm.weight
@@ -986,51 +989,55 @@ def test_refit_is_the_least_squares_solution(seed):
     U, V = torch.randn(9, 5, dtype=FP64, generator=g), torch.randn(5, 12, dtype=FP64, generator=g)
     Q = V + 0.3 * torch.randn(5, 12, dtype=FP64, generator=g)
     X = torch.randn(200, 12, dtype=FP64, generator=g) @ torch.randn(12, 12, dtype=FP64, generator=g)
-    through = X @ Q.T
-    rho = 0.01 * through.square().sum(0).mean()
-    rows = torch.cat((through, rho.sqrt() * torch.eye(5, dtype=FP64)))
+    X_hat = X + 0.3 * torch.randn(200, 12, dtype=FP64, generator=g)
+    Z = X_hat @ Q.T
+    rho = 0.01 * Z.square().sum(0).mean()
+    rows = torch.cat((Z, rho.sqrt() * torch.eye(5, dtype=FP64)))
     wanted = torch.cat((X @ V.T @ U.T, rho.sqrt() * U.T))
-    fitted = refit(U, V, Q, X.T @ X)
+    fitted, gram = refit(U, V, Q, X_hat.T @ X_hat, X.T @ X_hat)
     assert fitted.dtype == FP32 and distance(fitted, torch.linalg.lstsq(rows, wanted).solution.T) < 1e-6
-    lost = [(X @ V.T @ U.T - through @ each.double().T).norm() for each in (fitted, U)]
+    assert distance(gram, Z.T @ Z) < 1e-12
+    lost = [(X @ V.T @ U.T - Z @ each.double().T).norm() for each in (fitted, U)]
     assert lost[0] < 0.95 * lost[1]
     # Nothing was lost, and nothing is known: U stays.
-    for same in (refit(U, V, V, X.T @ X), refit(U, V, Q, torch.zeros(12, 12))):
+    nothing = torch.zeros(12, 12)
+    for same, _ in (refit(U, V, V, X.T @ X, X.T @ X), refit(U, V, Q, nothing, nothing)):
         assert distance(same, U) < 1e-6
 
 
-def test_u_is_fitted_to_what_v_was_rounded_to_behind_the_rounded_layers(made, monkeypatch):
+def test_u_is_fitted_to_what_was_before_anything_was_rounded(made, monkeypatch):
+    """Of every layer of a block: what it reads in both streams, by hooks on whole blocks."""
     small, _, _ = made
     ckpt = Checkpoint(small)
-    block, before = own(ckpt.block(0, CPU, FP32)), ckpt.block(0, CPU, FP32)
-    h = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0))
-    seen, states = [], []
-    names = [name.removesuffix(".U") for name in quantize_file.factors_of(block, "U")]
+    was, block = ckpt.block(0, CPU, FP32), own(ckpt.block(0, CPU, FP32))
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(4, 16, 32, generator=g)
+    streams = h, h + 0.3 * torch.randn(4, 16, 32, generator=g)
+    angles = rope(ckpt.cfg, 16)
+    real, seen = quantize_file.refitted, {}
 
-    def note(*a):
-        # By now every V is the rounded one, and those U that came before.
-        states.append({f"{name}.{which}": own(getattr(block.get_submodule(name), which)).weight
-                       for name in names for which in "VU"})
-        seen.append([each.clone() for each in a])
-        return refit(*a)
-    monkeypatch.setattr(quantize_file, "refit", note)
+    def inputs(of, name, h):
+        found = []
+        hook = of.get_submodule(name).register_forward_pre_hook(lambda _, x: found.append(x[0].flatten(0, -2)))
+        of(h, angles)
+        hook.remove()
+        return found[0]
+
+    def note(name, both):
+        """By now every V is the rounded one, and the inputs are behind the U that came before."""
+        x, x_hat = inputs(was, name, streams[0]), inputs(block, name, streams[1])
+        layer, Q = was.get_submodule(name), block.get_submodule(name).V.weight
+        assert distance(Q, layer.V.weight) > 1e-3
+        seen[name] = refit(layer.U.weight, layer.V.weight, Q, x_hat.T @ x_hat, x.T @ x_hat), real(name, both)
+        return seen[name][1]
+    monkeypatch.setattr(quantize_file, "refitted", note)
     with torch.no_grad():
-        quantize_file.quantize_block(block, h, rope(ckpt.cfg, 16),
+        quantize_file.quantize_block(block, streams, angles,
                                      {"bits": 3, "group": 0, "rounding": "gptq", "refit": True}, FP32)
-    assert len(seen) == 7
-    for name, (U, V, Q, H), state in zip(names, seen, states):
-        layer = before.get_submodule(name)
-        assert torch.equal(U, layer.U.weight) and torch.equal(V, layer.V.weight)
-        assert torch.equal(Q, state[f"{name}.V"]) and distance(Q, V) > 1e-3
-    # o's inputs: attention whose q, k and v have rounded V and their own U.
-    through = own(before)
-    for name in names:
-        through.get_submodule(name).V.weight.data = states[0][f"{name}.V"]
-    inputs = {}
-    through.self_attn.o_proj.register_forward_pre_hook(lambda _, x: inputs.update(o=x[0].flatten(0, -2)))
-    through(h, rope(ckpt.cfg, 16))
-    H = dict(zip(names, (each[3] for each in seen)))["self_attn.o_proj"]
-    assert distance(H, inputs["o"].T @ inputs["o"]) < 1e-5
+    assert list(seen) == list(LAYERS)
+    # k, v and up read what was collected for q and gate; o and down what lies behind rounded U.
+    for wanted, found in seen.values():
+        assert distance(found[0], wanted[0]) < 1e-3 and distance(found[1], wanted[1]) < 1e-5
 
 
 def test_turned_and_fitted_factors_lose_less(tmp_path):
