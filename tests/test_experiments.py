@@ -601,6 +601,7 @@ def test_closed_forms_and_a_training_run_on_a_tiny_model(result_of, lab, tmp_pat
 
 def test_stacks_are_what_the_files_of_enhance_write(result_of, lab, tmp_path, monkeypatch):
     stack = importlib.import_module("experiments.stack")
+    importlib.import_module("experiments.table6")           # which reads table5's forms before they are changed here
     refine = importlib.import_module("enhance.refine")
     quantize = importlib.import_module("enhance.quantize")
     recipes = {"refine": {"epochs": 1}, "lora": {"epochs": 1}, "retrain": {"epochs": 1}, "quantize": {}}
