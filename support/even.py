@@ -5,8 +5,9 @@ import torch
 from model import LAYERS, READS, LowRank
 
 # {option: what it does}, in this order
-EVEN = {"smooth": "even out columns before", "rotate": "even out ranks before",
-        "refit": "fit U to what the rounded V makes"}
+EVEN = {"smooth": "scale columns to about one size first",
+        "rotate": "turn each layer's ranks to about one size first",
+        "refit": "fit U, by least squares, to the rounded V"}
 RHO = 0.01              # of the mean square of U's inputs: how U is held to what it was
 
 
