@@ -77,7 +77,8 @@ def markdown(result):
                 if form == "AIR" and not group:
                     paper = [PAPER.get((bits, rounding), "–") for rounding in ("gptq", "rtn")]
                 grid = f"a group of {group}" if group else "a row"
-                lines.append([form, bits, grid, *sum(pairs, []), *paper])
+                if any(shown != "–" for shown, _ in pairs):
+                    lines.append([form, bits, grid, *sum(pairs, []), *paper])
     heads = [head for name, _ in ROUNDINGS.values() for head in (name, "against 16")]
     heads += ["paper: GPTQ", "paper: RTN"]
     return table(["", "bits", "a grid for", *heads], lines, left=3)
