@@ -1104,7 +1104,8 @@ def test_biases_stay_as_they_are_and_a_killed_run_finds_them(tmp_path, changes):
             "def once(self, *a):\n    save(self, *a)\n    os._exit(9)\n"
             "files.TensorFolder.save = once\nfile.main()") % str(ROOT)
     killed = subprocess.run([sys.executable, "-c", code, "quantize.py", "--ckpt", tmp_path / "small", "--out",
-                             tmp_path / "parts", "--text", "none", *every, *map(str, usual)], capture_output=True, text=True)
+                             tmp_path / "parts", "--text", "none", *every, *map(str, usual)],
+                            capture_output=True, text=True)
     assert killed.returncode == 9, killed.stderr
     enhanced("quantize", tmp_path / "small", tmp_path / "parts", *usual, *every)
     whole, parts = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("quantize", "parts"))
