@@ -167,8 +167,9 @@ def plan(task):
     # Three passes, of both streams seven; a rounding moves each column's error to all that follow.
     flops = cfg.n_layers * numbers * ((6 + 8 * refits) * tokens + 4 * cfg.hidden)
     stream = (2 + refits) * tokens * cfg.dim * task.dtype.itemsize
+    memory = (12 + 8 * refits) * numbers + 16 * 7 * cfg.hidden**2
     disk = {"result": result_bytes(task.ckpt, {}, task.options)}
-    return make_plan(task, flops, stream, 12 * numbers + 16 * 7 * cfg.hidden**2, disk)
+    return make_plan(task, flops, stream, memory, disk)
 
 
 def line(errors):
@@ -188,9 +189,7 @@ def main():
         p.add_argument(f"--{name}", action="store_true", help=what)
     args = p.parse_args()
     grid = {"bits": args.bits, "group": args.group}
-    how = {"rounding": args.rounding}
-    for name in EVEN:
-        how[name] = vars(args)[name]
+    how = {name: vars(args)[name] for name in ("rounding", *EVEN)}
     task = prepare("quantize", args, grid | how)
     write_blocks(task, args, plan(task), lambda done: quantize(task, done), line,
                  {"quantized": grid})
