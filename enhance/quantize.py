@@ -5,8 +5,8 @@
 Block by block in the compressed model's stream: V is quantized by its inputs, then U by its
 own, which come *through the quantized V* (Table 6). Two roundings: to the nearest code (RTN),
 and GPTQ's (Frantar et al., 2023), which moves each column's error to those that follow. Not in
-the paper: --smooth and --rotate even out what is rounded, --refit has U make up for what V
-lost. All of this project's commands read the result.
+the paper: --smooth and --rotate even out what is rounded, --clip narrows its grids, --refit has
+U make up for what V lost. All of this project's commands read the result.
 
 Shapes: m out, n in; a factor (rows, columns), of which `group` columns share a grid.
 """
@@ -20,7 +20,7 @@ from calibrate import embed
 from model import LowRank, rope
 from support.anchored import Streams
 from support.checkpoint import result_bytes
-from support.even import EVEN, even_out, refitted
+from support.even import EVEN, clipped, even_out, refitted
 from support.learning import advance, input_grams, own
 from support.packed import WIDTHS, dequantize, grid_of, packed_tensors
 from support.progress import told
@@ -43,13 +43,13 @@ def inverse_factor(H):
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
 
 
-def gptq(W, H, bits, group, dtype):
+def gptq(W, H, bits, group, dtype, grid_of=grid_of):
     """GPTQ: column by column, its rounding error spread over those that follow.
 
     W (rows, columns) fp32; H (columns, columns) = ΣXXᵀ of its inputs, of any scale; the
     identity makes it round to nearest (RTN). With T the upper Cholesky factor of H⁻¹ the
     later columns make up for column j by its error over T_jj, times T's row j. A group's
-    grid is that of its columns as they are by then. Returns codes (rows, columns), scales
+    grid is `grid_of` its columns as they are by then. Returns codes (rows, columns), scales
     and zeros (rows, groups).
     """
     W = W.clone()
@@ -89,10 +89,11 @@ def quantize_factor(W, H, options, dtype):
     """
     W = W.float()
     identity = torch.eye(len(H), device=H.device)
+    grid = clipped if options["clip"] else grid_of
     hessians = {"rtn": identity, "gptq": H}
     found = {}
     for name in dict.fromkeys(("rtn", options["rounding"])):
-        made = gptq(W, hessians[name], options["bits"], options["group"], dtype)
+        made = gptq(W, hessians[name], options["bits"], options["group"], dtype, grid)
         Q = dequantize(*made, options["group"])
         found[name] = made, Q, output_error(W, Q, H)
     best = min(found.values(), key=lambda each: each[2])

@@ -29,7 +29,7 @@ RECIPES = {
              "dropout": 0.05},
     "retrain": {"epochs": 5, "lr": 1e-4, "batch": 4, "every": 7, "patience": 5, "weight": 0.0},
     "quantize": {"bits": 4, "group": 0, "rounding": "gptq", "smooth": False,
-                 "rotate": False, "refit": False},
+                 "rotate": False, "clip": False, "refit": False},
     # Few steps, so that a mask falls ten times as fast and λ begins at a tenth.
     "acip": OPTIONS | {"lr": 5e-4, "weight": 1e-4, "rank": 8, "adapter_steps": 60, "every": 20},
 }

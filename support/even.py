@@ -1,13 +1,17 @@
-"""What loses less when it is rounded: columns and ranks of one size, a U fitted to the rounded
-V (enhance/quantize.py --smooth, --rotate, --refit). None of it costs the result anything."""
+"""What loses less when it is rounded: columns and ranks of one size, grids as wide as pays, a U
+fitted to the rounded V (enhance/quantize.py --smooth, --rotate, --clip, --refit). None of it
+costs the result anything."""
 import torch
 
 from model import LAYERS, READS, LowRank
+from support.packed import Grid, grid_of
 
 # {option: what it does}, in this order
 EVEN = {"smooth": "scale columns to about one size first",
         "rotate": "turn each layer's ranks to about one size first",
+        "clip": "narrow each grid to where its numbers err least",
         "refit": "fit U, by least squares, to the rounded V"}
+SHRINKS = [1 - i / 20 for i in range(16)]       # of a grid's width, that `clipped` tries
 RHO = 0.01              # of the mean square of U's inputs: how U is held to what it was
 
 
@@ -92,6 +96,22 @@ def rotate(block, seed):
             T = torch.linalg.qr(normal).Q.to(V.device)
             U.copy_(U.double() @ T.T)
             V.copy_(T @ V.double())
+
+
+# ------------------------------------------------------------ grids
+def clipped(w, bits, dtype):
+    """Each row's Grid: that of SHRINKS times its numbers which leaves them the least squared
+    error. w (rows, columns) fp32.
+
+    Not in the paper: few numbers are near a row's largest, and of few codes all are spread
+    up to there; cut off, it costs less than it saves. As in GPTQ's own code (its `mse`).
+    """
+    grids = [grid_of(shrink * w, bits, dtype) for shrink in SHRINKS]
+    errors = [(w - grid.values(grid.codes(w))).square().sum(1, keepdim=True) for grid in grids]
+    best = torch.stack(errors).argmin(0, keepdim=True)          # (1, rows, 1)
+    scale, zero = (torch.stack(each).gather(0, best)[0]
+                   for each in ([g.scale for g in grids], [g.zero for g in grids]))
+    return Grid(scale, zero, grids[0].top)
 
 
 # ------------------------------------------------------------ U behind the rounded V
