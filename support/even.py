@@ -11,7 +11,7 @@ EVEN = {"smooth": "scale columns to about one size first",
         "rotate": "turn each layer's ranks to about one size first",
         "clip": "narrow each grid to where its numbers err least",
         "refit": "fit U, by least squares, to the rounded V"}
-SHRINKS = [1 - i / 20 for i in range(16)]       # of a grid's width, that `clipped` tries
+SHRINKS = [1 - i / 20 for i in range(1, 16)]       # of a grid's width, that `clipped` tries
 RHO = 0.01              # of the mean square of U's inputs: how U is held to what it was
 
 
@@ -100,18 +100,29 @@ def rotate(block, seed):
 
 # ------------------------------------------------------------ grids
 def clipped(w, bits, dtype):
-    """Each row's Grid: that of SHRINKS times its numbers which leaves them the least squared
-    error. w (rows, columns) fp32.
+    """Each row's Grid: of its numbers, or SHRINKS times those, which leaves them the least
+    squared error. w (rows, columns) fp32.
 
     Not in the paper: few numbers are near a row's largest, and of few codes all are spread
     up to there; cut off, it costs less than it saves. As in GPTQ's own code (its `mse`).
     """
-    grids = [grid_of(shrink * w, bits, dtype) for shrink in SHRINKS]
-    errors = [(w - grid.values(grid.codes(w))).square().sum(1, keepdim=True) for grid in grids]
-    best = torch.stack(errors).argmin(0, keepdim=True)          # (1, rows, 1)
-    scale, zero = (torch.stack(each).gather(0, best)[0]
-                   for each in ([g.scale for g in grids], [g.zero for g in grids]))
-    return Grid(scale, zero, grids[0].top)
+    best = grid_of(w, bits, dtype)
+    least = errors_on(best, w)
+    for shrink in SHRINKS:
+        grid = grid_of(shrink * w, bits, dtype)
+        errors = errors_on(grid, w)
+        # The rows that err less on it take it.
+        less = errors < least
+        least = torch.where(less, errors, least)
+        scale = torch.where(less, grid.scale, best.scale)
+        zero = torch.where(less, grid.zero, best.zero)
+        best = Grid(scale, zero, grid.top)
+    return best
+
+
+def errors_on(grid, w):
+    """Each row's squared error (rows, 1) on a Grid."""
+    return (w - grid.values(grid.codes(w))).square().sum(1, keepdim=True)
 
 
 # ------------------------------------------------------------ U behind the rounded V

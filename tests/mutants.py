@@ -126,7 +126,7 @@ MUTANTS = [     # what, file, correct text, mistake, the tests that look
     ("GPTQ's error not over T_jj", "enhance/quantize.py", "/ T[j, j]", "/ 1", "test_enhance"),
     ("the lower factor of H⁻¹", "enhance/quantize.py", "torch.linalg.cholesky(H)), upper=True)",
      "torch.linalg.cholesky(H)))", "test_enhance"),
-    ("the grid that errs most", "support/even.py", "argmin(0, keepdim", "argmax(0, keepdim", "test_enhance"),
+    ("the grid that errs most", "support/even.py", "less = errors < least", "less = errors > least", "test_enhance"),
     ("grids not clipped", "enhance/quantize.py", 'clipped if options["clip"] else grid_of', "grid_of", "test_enhance"),
     ("ranks turned on one side", "support/even.py", "U.copy_(U.double() @ T.T)", "U.copy_(U.double())", "test_enhance"),
     ("turned the wrong way", "support/even.py", "V.copy_(T @ V.double())", "V.copy_(T.T @ V.double())", "test_enhance"),

@@ -796,7 +796,7 @@ def test_a_clipped_grid_is_the_best_of_those_tried(bits):
     w[2] = w[2].abs()                                       # 0 is one of the values all the same
     w[3] = 0
     w[4, 7] = 40 * w[4].abs().max()                         # one outlier
-    scale, zero = naive_grid(w, bits, SHRINKS)
+    scale, zero = naive_grid(w, bits, (1, *SHRINKS))
     found = clipped(w, bits, FP64)
     assert distance(found.scale, scale) < 1e-12 and torch.equal(found.zero.double(), zero)
     assert torch.isfinite(found.values(found.codes(w))).all() and (found.zero <= found.top).all()
@@ -853,7 +853,7 @@ def test_gptq_equals_the_algorithm_column_by_column(bits, group, monkeypatch):
     # On clipped grids, each of what its columns are by then.
     made = gptq(W, H, bits, group, FP64, clipped)
     Q = dequantize(*made, group)
-    assert distance(Q, naive_gptq(W, H, bits, group, SHRINKS)) < 1e-6
+    assert distance(Q, naive_gptq(W, H, bits, group, (1, *SHRINKS))) < 1e-6
     # Hessians of any scale, and inputs that are always 0.
     again = gptq(W, 7 * H, bits, group, FP64)[0]
     assert torch.equal(again, codes)
