@@ -104,7 +104,7 @@ def clipped(w, bits, dtype):
     squared error. w (rows, columns) fp32.
 
     Not in the paper: few numbers are near a row's largest, and of few codes all are spread
-    up to there; cut off, it costs less than it saves. As in GPTQ's own code (its `mse`).
+    up to there; cut off, it costs less than it saves. GPTQ's own code has the like (`mse`).
     """
     best = grid_of(w, bits, dtype)
     least = errors_on(best, w)
