@@ -41,10 +41,12 @@ class Adapter(nn.Module):
     def __init__(self, linear, rank, alpha, dropout):
         super().__init__()
         m, n = linear.weight.shape
+        device = linear.weight.device
         self.linear = linear.requires_grad_(False)
-        self.A = nn.Parameter(torch.empty(rank, n, device=linear.weight.device))
-        self.B = nn.Parameter(torch.zeros(m, rank, device=linear.weight.device))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        # Drawn on the CPU: the same numbers for every device.
+        A = nn.init.kaiming_uniform_(torch.empty(rank, n, device="cpu"), a=math.sqrt(5))
+        self.A = nn.Parameter(A.to(device))
+        self.B = nn.Parameter(torch.zeros(m, rank, device=device))
         self.scale = alpha / rank
         self.dropout = dropout
 

@@ -15,7 +15,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import math
-import shutil
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from experiments.shapes import SHAPES, at_rate, random_model
 from experiments.table11 import machine, save, timed
 from generate import Decoder
 from support.config import dense_config, parse_config
+from support.fast import compiled
 from support.script import ROOT, InputError, check_writable, read_json, run
 
 GGUF_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -157,6 +157,15 @@ def there(package):
     return importlib.util.find_spec(package) is not None
 
 
+def compiles():
+    """Whether --compile can work here: a compiler, a torch that is new enough."""
+    try:
+        compiled(len)
+    except InputError:
+        return False
+    return True
+
+
 def sides_of(config, small, device, dtype, folder, wanted=""):
     """{name: side} of what is installed here, or of those `wanted` ("a; b"); the dense
     ones have the same weights. config, small: config.json, dense and compressed. Raises
@@ -169,7 +178,7 @@ def sides_of(config, small, device, dtype, folder, wanted=""):
     def theirs(side, *more):
         return side(config, random_model(config, device, dtype), *more)
     makers = {"dense": lambda: made(config), f"{rate:g}": lambda: made(small)}
-    if shutil.which("g++") or device.type == "cuda":
+    if compiles():
         makers["dense, compiled"] = lambda: made(config, compile=True)
         makers[f"{rate:g}, compiled"] = lambda: made(small, compile=True)
     if there("transformers"):

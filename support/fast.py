@@ -23,7 +23,7 @@ def truncated_svd(W, k, outliers=32, iterations=4):
     condition: relative to λ₁, eigenvalues are good to fp32's 1e-7. A few directions of
     huge energy, usual in W' = WS, would drown those at rank k. So they are taken out
     first, by subspace iteration on W itself, and where what is left is still too uneven,
-    the ordinary SVD does it.
+    W is squared in fp64, which takes as long as an SVD.
     """
     m, n = W.shape
     if m < n:
@@ -32,18 +32,20 @@ def truncated_svd(W, k, outliers=32, iterations=4):
     A, V = huge_directions(W, k, outliers, iterations)
     p = V.shape[1]
     rest = torch.addmm(W, A, V.T, alpha=-1) if p else W             # (m, n)
-    energy, Q = torch.linalg.eigh(lower_square(rest))               # ascending
+    energy, Q = eigenvectors(lower_square(rest))                    # ascending
     if energy[p - k] < 1e-4 * energy[-1]:
-        U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
-        return U[:, :k], sigma[:k], Vh[:k]
-    # The k − p strongest of what is left, orthogonal to V.
-    Q = Q[:, p - k:].flip(1) if p < k else Q[:, :0]
-    Q = Q - V @ (V.T @ Q)
-    A = torch.cat((A.flip(1), rest @ Q), dim=1)                     # (m, k) = Uσ
-    V = torch.cat((V.flip(1), Q), dim=1)                            # (n, k)
+        _, Q = eigenvectors(lower_square(W.double()))
+        V = Q[:, -k:].flip(1)                                       # (n, k)
+        A = W.double() @ V                                          # (m, k) = Uσ
+    else:
+        # The k − p strongest of what is left, orthogonal to V.
+        Q = Q[:, p - k:].flip(1) if p < k else Q[:, :0]
+        Q = Q - V @ (V.T @ Q)
+        A = torch.cat((A.flip(1), rest @ Q), dim=1)
+        V = torch.cat((V.flip(1), Q), dim=1)
     sigma = A.norm(dim=0)
-    tiny = torch.finfo(W.dtype).tiny
-    return A / sigma.clamp_min(tiny), sigma, V.T.contiguous()
+    U = A / sigma.clamp_min(torch.finfo(W.dtype).tiny)
+    return U.to(W.dtype), sigma.to(W.dtype), V.T.contiguous().to(W.dtype)
 
 
 def huge_directions(W, k, outliers, iterations):
@@ -56,9 +58,20 @@ def huge_directions(W, k, outliers, iterations):
         product = W.T @ (W @ V)
         V = torch.linalg.qr(product).Q
     A = W @ V
-    energy, R = torch.linalg.eigh(A.T @ A)
+    energy, R = eigenvectors(A.T @ A)
     R = R[:, energy > 8 * energy[0]][:, -k:]                 # converged to 8^-iterations
     return A @ R, V @ R
+
+
+def eigenvectors(G):
+    """torch.linalg.eigh of G (n, n): energies, ascending, and vectors.
+
+    On a GPU it takes Jacobi's method for fp32 up to 512 wide, whose vectors are orthogonal to
+    2e-4 alone (H200; wider ones, and all in fp64, to rounding).
+    """
+    if G.is_cuda and len(G) <= 512:
+        return (each.to(G.dtype) for each in torch.linalg.eigh(G.double()))
+    return torch.linalg.eigh(G)
 
 
 def lower_square(W, parts=8):

@@ -159,6 +159,8 @@ def test_choices_have_the_same_scores(gpu, tiny):
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("rate", [None, 0.6])
 def test_generated_tokens_are_the_cpus(gpu, rate, compile):
+    if compile and not decode.compiles():
+        pytest.skip("--compile needs a C++ compiler and torch 2.13")
     config = at_rate(SHAPES["demo"], rate)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
     cpu = list(generate(Decoder(random_model(config)), prompts, 12, temperature=0))
@@ -183,4 +185,5 @@ def test_sides_of_decode_take_turns_on_the_gpu(gpu, tmp_path):
     sides = decode.sides_of(SHAPES["demo"], at_rate(SHAPES["demo"], 0.6), gpu, torch.bfloat16, tmp_path)
     common = {"dtype": "bfloat16", "vocab": 2048}
     rows = decode.rows_of(sides, (2, 8, 4), common, 1)
-    assert {"dense", "0.6", "dense, compiled", "0.6, compiled"} <= {row["side"] for row in rows}
+    wanted = {"dense", "0.6"} | ({"dense, compiled", "0.6, compiled"} if decode.compiles() else set())
+    assert wanted <= {row["side"] for row in rows}
