@@ -34,9 +34,10 @@ def truncated_svd(W, k, outliers=32, iterations=4):
     rest = torch.addmm(W, A, V.T, alpha=-1) if p else W             # (m, n)
     energy, Q = eigenvectors(lower_square(rest))                    # ascending
     if energy[p - k] < 1e-4 * energy[-1]:
-        _, Q = eigenvectors(lower_square(W.double()))
+        exact = W.double()
+        _, Q = eigenvectors(lower_square(exact))
         V = Q[:, -k:].flip(1)                                       # (n, k)
-        A = W.double() @ V                                          # (m, k) = Uσ
+        A = exact @ V                                               # (m, k) = Uσ
     else:
         # The k − p strongest of what is left, orthogonal to V.
         Q = Q[:, p - k:].flip(1) if p < k else Q[:, :0]

@@ -36,7 +36,7 @@ MUTANTS = [     # what, file, correct text, mistake, the tests that look
      "step = M @ v_new[j] - own", "test_fast"),
     ("huge directions left in the square", "support/fast.py", "R = R[:, energy > 8 * energy[0]][:, -k:]",
      "R = R[:, :0]", "test_fast"),
-    ("an uneven weight squared in fp32", "support/fast.py", "eigenvectors(lower_square(W.double()))",
+    ("an uneven weight squared in fp32", "support/fast.py", "eigenvectors(lower_square(exact))",
      "eigenvectors(lower_square(W).double())", "test_fast"),
     ("finished work recognised by its presence", "support/checkpoint.py", 'self.files = found["files"]',
      "self.files = {f.name: {'sha256': None, 'note': None} for f in self.path.glob('*.safetensors')}", "test_large"),
