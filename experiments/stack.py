@@ -19,7 +19,7 @@ from support.checkpoint import in_memory
 from support.config import compressed_config, parse_config
 from support.learning import model_to_learn, own
 from support.packed import PARTS, unpacked
-from support.task import Task, code_of, split
+from support.task import LEARN, Task, code_of, spare_windows, split
 from support.texts import digest
 
 # What each step runs with on few windows; the files' defaults are their sources'.
@@ -65,10 +65,18 @@ def whole_model(task, train):
             if ".U.weight" in name or ".V.weight" in name}
 
 
+def apart(lab, name, windows, seed):
+    """(Windows to learn from, those held out) of a step on a lab's calibration windows."""
+    if name not in LEARN:
+        return windows, windows[:0]
+    text = lab.resolve(lab.calib, "train")
+    return split(windows, spare_windows(text, lab.ckpt, windows, seed))
+
+
 def stacked(lab, start, step, windows, seed):
     """The Checkpoint that `step` makes of `start`, which stay in memory."""
     name, options = step
-    learnt, held = split(windows, windows[:0])
+    learnt, held = apart(lab, name, windows, seed)
     task = Task(name, start, RECIPES[name] | options, lab.calib, learnt, held, "none", None,
                 lab.device, lab.dtype, seed, "")
     if name == "refine":
@@ -100,7 +108,7 @@ def compact(ckpt, blocks, changes, section):
 def acip(lab, seed, rates):
     """{rate: perplexity}: one training, cut to every rate that its scores reach."""
     options = RECIPES["acip"]
-    learnt, held = split(lab.calibration(seed), lab.calibration(seed)[:0])
+    learnt, held = apart(lab, "acip", lab.calibration(seed), seed)
     task = Task("acip", lab.ckpt, options, lab.calib, learnt, held, "none", None, lab.device,
                 lab.dtype, seed, "", "peers")
     torch.manual_seed(seed)

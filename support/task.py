@@ -25,8 +25,8 @@ CODE = {"lora": ("enhance/retrain.py",),
         "acip": ("enhance/lora.py", "enhance/retrain.py")}
 # Files that learn by steps; the others go through all windows once.
 LEARN = ("refine", "lora", "retrain", "acip")
-HELD = 8        # one window in so many is held out: what is kept is best on these
-SPARE = 4       # windows drawn for each of them, in case some overlap what is learnt from
+HELD = 8        # windows learnt from for one that is held out: what is kept is best there
+SPARE = 4       # windows drawn for each held out, in case some overlap what is learnt from
 SHARED = 32     # tokens in a row that windows which overlap have in common
 
 
@@ -101,7 +101,7 @@ class Task:
     options: dict               # its own arguments
     calib: str                  # calibration text
     windows: torch.Tensor       # (N, T) token ids to learn from
-    held: torch.Tensor          # (N/8, T) by which it is told what is best
+    held: torch.Tensor          # (N/8, T) further ones, by which it is told what is best
     text: str                   # evaluation text, or "none"
     evaluation: tuple | None    # (windows, tokens in the text, tokens a byte)
     device: torch.device
@@ -139,30 +139,41 @@ def stretches(windows):
     return found
 
 
-def split(windows, spare=None):
-    """Windows (N, T) -> (those to learn from, those held out): the last eighth, where one
-    overlaps what is learnt from the next of `spare` (M, T) that does not; None: none do.
+def spare_windows(text, ckpt, windows, seed):
+    """Further windows (M, T) of the text that `windows` (N, T) are of; None for an array that
+    holds these alone.
 
-    Windows start anywhere in a text, and on text that was learnt nothing gets worse.
+    Drawn by seed + 2: by `seed` the closed form was calibrated, maybe on more of them than
+    are learnt from, by seed + 1 its ranks were measured. Raises InputError.
+    """
+    if own_windows(text, ckpt) is not None:
+        return None
+    count = SPARE * max(1, len(windows) // HELD)
+    return calibration_windows(text, ckpt, count, windows.shape[1], seed + 2)
+
+
+def split(windows, spare):
+    """Windows (N, T) -> (those to learn from, those held out): all, and of `spare` (M, T) an
+    eighth as many that share no text with them. spare None: all but the last eighth, and it.
+
+    On text that was learnt, or that a closed form was calibrated on, nothing gets worse.
     """
     n = max(1, len(windows) // HELD)
-    learnt = windows[:-n]
-    held = windows[-n:]
     if spare is None:
-        return learnt, held
-    held = torch.cat((held, spare))
-    apart = ~torch.isin(stretches(held), stretches(learnt)).any(1)
+        return windows[:-n], windows[-n:]
+    apart = ~torch.isin(stretches(spare), stretches(windows)).any(1)
     if not apart.any():
         say("warning: every held-out window overlaps what is learnt from, and cannot tell what "
             "is best; give a longer text, or fewer or shorter windows")
-        return learnt, held[:n]
-    return learnt, held[apart][:n]
+        return windows, spare[:n]
+    return windows, spare[apart][:n]
 
 
-def learnt_from(args, ckpt, instructions, spares):
-    """(Token ids (N, T), spare ones, the text they are of, the evaluation's text and its
-    tokens a window), instructions as `prepare` has them. Rows of instructions have no
-    `spares`, and their template in common. Raises InputError."""
+def learnt_from(args, ckpt, instructions, learns):
+    """(Token ids (N, T), held-out ones, the text they are of, the evaluation's text and its
+    tokens a window), instructions as `prepare` has them. What does not learn holds none out;
+    of rows of instructions, which have their template in common, the last eighth is. Raises
+    InputError."""
     check_seed(args.seed)
     calib, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
     spare = None
@@ -172,18 +183,18 @@ def learnt_from(args, ckpt, instructions, spares):
         what = f"instructions of {calib} with an answer"
     else:
         usual = calib
-        more = spares * max(1, samples // HELD)
-        windows = calibration_windows(calib, ckpt, samples + more, seqlen, args.seed)
-        # An array of windows is taken whole.
-        drawn = own_windows(calib, ckpt) is None
-        n = samples if drawn else len(windows)
-        windows, spare = windows[:n], windows[n:]
+        windows = calibration_windows(calib, ckpt, samples, seqlen, args.seed)
+        if learns:
+            spare = spare_windows(calib, ckpt, windows, args.seed)
         length = windows.shape[1]
         what = "calibration windows"
-    if spares and len(windows) < 2:
+    held = windows[:0]
+    if learns and spare is None and len(windows) < 2:
         raise InputError(f"{len(windows)} {what}; expected 2 or more, since one in {HELD} is "
                          "held out: set --samples, or give a longer text")
-    return windows, spare, calib, args.text or usual, length
+    if learns:
+        windows, held = split(windows, spare)
+    return windows, held, calib, args.text or usual, length
 
 
 # ------------------------------------------------------------ the checks
@@ -211,10 +222,7 @@ def prepare(name, args, options, instructions=None, folder="enhance"):
     if learns and dtype == torch.float16:
         raise InputError(f"--dtype is float16, in which gradients vanish; {name} expects "
                          "bfloat16 or float32")
-    windows, spare, calib, text, length = learnt_from(args, ckpt, instructions, SPARE * learns)
-    held = windows[:0]
-    if learns:
-        windows, held = split(windows, spare)
+    windows, held, calib, text, length = learnt_from(args, ckpt, instructions, learns)
     evaluation = None
     if text != "none":
         evaluation = evaluation_windows(text, ckpt, length, args.windows)
