@@ -139,7 +139,7 @@ def quantize(task, finished):
 
     finished(l): the weights of a block that is quantized already, or None.
     """
-    h = embed(task.ckpt, torch.cat((task.windows, task.held)), task.dtype)
+    h = embed(task.ckpt, task.windows, task.dtype)
     streams = (h.clone(), h) if task.options["refit"] else (h,)
     angles = rope(task.ckpt.cfg, h.shape[1], task.device)
     for l in told("block", range(task.ckpt.cfg.n_layers)):
@@ -162,7 +162,7 @@ def quantize(task, finished):
 def plan(task):
     """The plan's line. Raises InputError for what does not fit."""
     cfg = task.ckpt.cfg
-    tokens = (len(task.windows) + len(task.held)) * task.windows.shape[1]
+    tokens = task.windows.numel()
     numbers = max(weights_of(task.ckpt, l) for l in range(cfg.n_layers))
     refits = task.options["refit"]
     # Three passes, of both streams seven; a rounding moves each column's error to all that follow.

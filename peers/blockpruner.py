@@ -127,17 +127,16 @@ def main():
         raise InputError(f"--rate is {args.rate}; expected above 0, below 1")
     task = peer_task("blockpruner", args, {"rate": args.rate})
     ckpt = task.ckpt
-    windows = torch.cat((task.windows, task.held))
     size = sizes(ckpt)
     budget = args.rate * sum(size.values())
     rounds = len(size) * (1 - args.rate)
     # Each round tries every half that is left, from itself on.
-    flops = rounds * len(size) * ckpt.parameters() * windows.numel()
-    streams = len(size) * windows.numel() * ckpt.cfg.dim * task.dtype.itemsize
+    flops = rounds * len(size) * ckpt.parameters() * task.windows.numel()
+    streams = len(size) * task.windows.numel() * ckpt.cfg.dim * task.dtype.itemsize
     weights = ckpt.parameters() * task.dtype.itemsize
 
     def blocks():
-        stream = Stream(ckpt, windows, task.device, task.dtype)
+        stream = Stream(ckpt, task.windows, task.device, task.dtype)
         for half, loss in prune(ckpt, stream, budget):
             removed.append(half)
             say(f"without {half}: perplexity {math.exp(loss):.3f}")

@@ -180,12 +180,11 @@ def main():
     if not s:
         raise InputError(f"--slicing {args.slicing} leaves fewer than {ROUND} of "
                          f"{task.ckpt.cfg.dim} directions; expected less")
-    windows = torch.cat((task.windows, task.held))
-    tokens = windows.numel()
+    tokens = task.windows.numel()
     cfg = task.ckpt.cfg
     # The stream twice through every half: once through its weights, once into Σxᵀx.
     flops = 2 * tokens * (task.ckpt.parameters() + 4 * cfg.n_layers * cfg.dim**2)
-    blocks = sliced(task.ckpt, windows, s, args.normed, task.device)
+    blocks = sliced(task.ckpt, task.windows, s, args.normed, task.device)
     cost = flops, 4 * tokens * cfg.dim, 8 * weights_of(task.ckpt, 0)
     write_peer(task, args, cost, blocks, sliced_config(task.ckpt, s),
                {"turned": True, "width": s})

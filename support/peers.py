@@ -23,9 +23,8 @@ def peer_config(task, changes, section):
     No tool but this project's reads a model of another form than air.py's: there is no
     class for it in modeling_air.py.
     """
-    N, T = task.windows.shape
     did = {"by": task.name, **task.options, "seed": task.seed, "dtype": str(task.dtype)[6:],
-           "calibration": {"text": task.calib, "samples": N + len(task.held), "seqlen": T},
+           "calibration": task.calibration(),
            "source": {"path": str(task.ckpt.path), "fingerprint": task.ckpt.fingerprint()}}
     raw = compressed_config(task.ckpt.raw | changes, did | section)
     if "ranks" not in section:

@@ -171,10 +171,8 @@ def finish(task, writer, packed=None):
     packed: {"quantized": {"bits", "group"}} of factors that were written as codes.
     """
     raw = task.ckpt.raw
-    N, T = task.windows.shape
     did = {"by": task.name, **task.options, "seed": task.seed,
-           "dtype": str(task.dtype)[6:],
-           "calibration": {"text": task.calib, "samples": N + len(task.held), "seqlen": T}}
+           "dtype": str(task.dtype)[6:], "calibration": task.calibration()}
     section = {key: raw["air"][key] for key in raw["air"] if key != "quantized"}
     section["enhanced"] = [*section.get("enhanced", []), did]
     raw = compressed_config(dense_config(raw), section | (packed or {}))

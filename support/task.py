@@ -101,7 +101,7 @@ class Task:
     options: dict               # its own arguments
     calib: str                  # calibration text
     windows: torch.Tensor       # (N, T) token ids to learn from
-    held: torch.Tensor          # (N/8, T) further ones, by which it is told what is best
+    held: torch.Tensor          # (N/8, T) further ones, by which what learns tells the best
     text: str                   # evaluation text, or "none"
     evaluation: tuple | None    # (windows, tokens in the text, tokens a byte)
     device: torch.device
@@ -116,6 +116,11 @@ class Task:
         code = code_digest(*code_of(self.name, self.folder))
         return {"by": self.name, "checkpoint": self.ckpt.fingerprint(), "windows": windows,
                 "dtype": str(self.dtype), "code": code, "seed": self.seed, **self.options}
+
+    def calibration(self):
+        """What a result says of it: text, windows learnt from and held out, their tokens."""
+        N, T = self.windows.shape
+        return {"text": self.calib, "samples": N, "held_out": len(self.held), "seqlen": T}
 
     def header(self):
         N, T = self.windows.shape

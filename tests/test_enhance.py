@@ -478,6 +478,9 @@ def test_what_is_held_out_took_no_part_in_the_closed_form(made, tmp_path, monkey
     assert torch.equal(seen[0].windows, drawn[:16]) and seen[0].held.shape == (2, 16)
     for other in (drawn, held_windows(text, ckpt, drawn, 3)):
         assert not any(torch.equal(a, b) for a in seen[0].held for b in other)
+    # The result says what would give the same.
+    did = Checkpoint(tmp_path / "o").raw["air"]["enhanced"][-1]["calibration"]
+    assert did == {"text": text, "samples": 16, "held_out": 2, "seqlen": 16}
 
 
 def test_a_weight_without_a_teacher_is_refused(made, tmp_path):
