@@ -192,7 +192,8 @@ def main():
     shapes = [task.ckpt.tensors[f"{layer}.{which}.weight"].shape
               for layer in task.ckpt.cfg.ranks for which in STAGES]
     states = states_bytes(task.ckpt, args.rank * sum(map(sum, shapes)))
-    write_model(task, args, model_plan(task, states, len(STAGES)), train)
+    # Factors, and merged ones to be judged; what learns is few beside them.
+    write_model(task, args, model_plan(task, states, 8, len(STAGES)), train)
 
 
 if __name__ == "__main__":

@@ -165,8 +165,8 @@ def plan(task):
     tokens = task.windows.numel()
     numbers = max(weights_of(task.ckpt, l) for l in range(cfg.n_layers))
     refits = task.options["refit"]
-    # Three passes, of both streams seven; a rounding moves each column's error to all that follow.
-    flops = cfg.n_layers * numbers * ((6 + 8 * refits) * tokens + 4 * cfg.hidden)
+    # Three passes, of both streams seven, and ΣXXᵀ; a rounding moves its error to all columns.
+    flops = cfg.n_layers * numbers * ((10 + 8 * refits) * tokens + 4 * cfg.hidden)
     stream = (2 + refits) * tokens * cfg.dim * task.dtype.itemsize
     memory = (12 + 8 * refits) * numbers + 16 * 7 * cfg.hidden**2
     disk = {"result": result_bytes(task.ckpt, {}, task.options)}

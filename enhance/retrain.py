@@ -138,22 +138,26 @@ def states_bytes(ckpt, numbers):
     return 2 * numbers * (12 + ckpt.dtype.itemsize)
 
 
-def model_plan(task, states, stages=1, teacher=None):
-    """The Plan of a file that trains the whole model in `stages`; `states`: bytes of its
-    states on disk. Raises InputError for what does not fit."""
+def model_plan(task, states, each, stages=1, teacher=None):
+    """The Plan of a file that trains the whole model in `stages`: bytes of its `states` on
+    disk, of `each` parameter in memory. Raises InputError for what does not fit."""
     cfg = task.ckpt.cfg
     o = task.options
     T = task.windows.shape[1]
     evaluations = 1 + o["epochs"] * len(task.windows) // o["batch"] // o["every"]
     numbers = task.ckpt.parameters()
     tokens = 8 * task.windows.numel() * o["epochs"] + 2 * task.held.numel() * evaluations
-    # Factors, gradients, Adam's moments, the best; a micro-batch's graph and its logits.
+    # The parameters and what belongs to each; a micro-batch's graph and its logits.
     widths = (cfg.n_layers + 12) * cfg.dim + 6 * cfg.hidden + 3 * cfg.vocab
-    held = 24 * numbers + 4 * max(MICRO_BATCH, T) * widths
+    held = each * numbers + 4 * max(MICRO_BATCH, T) * widths
     if teacher:
         held += teacher.parameters() * task.dtype.itemsize
-    disk = {"result": result_bytes(task.ckpt, {}), "training states": states}
-    return make_plan(task, numbers * tokens * stages, 0, held, disk)
+    disk = {"result": result_bytes(task.ckpt, {}),
+            f"training states (written {stages * evaluations} times)": states}
+    # A state goes from the device to disk through the host's memory.
+    host = states / 2 if task.device.type == "cuda" else 0
+    return make_plan(task, numbers * tokens * stages, host, held, disk,
+                     "enhance/refine.py, block by block, takes less")
 
 
 def main():
@@ -188,7 +192,8 @@ def main():
     factors = sum(math.prod(task.ckpt.tensors[f"{layer}.{which}.weight"].shape)
                   for layer in task.ckpt.cfg.ranks for which in "VU")
     states = states_bytes(task.ckpt, factors)
-    write_model(task, args, model_plan(task, states, teacher=dense), train)
+    # Factors, gradients, Adam's moments, the best.
+    write_model(task, args, model_plan(task, states, 24, teacher=dense), train)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
     python peers/acip.py --ckpt demo --rate 0.6 --map out/demo-acip-map --out out/demo-acip
 
 W = U diag(m) ΣVᵀ + (α/r) B A: masks m = 1[p > 0] and adapters learn by the loss and
-λ Σ relu(p)/SCALE, where λ rises, until the share --stop of the size is left; then adapters
-alone. What is cut last is worth most: by these scores, kept in --map, any rate from --stop up
-is cut without training again. Source: ACIP (Genzel et al., 2025); its defaults but for the text.
-
+λ Σ relu(p)/SCALE, where λ rises from --weight, until the share --stop of the size is left;
+then adapters alone. What is cut last is worth most: by these scores, kept in --map, any rate
+from --stop up is cut without training again. Source: ACIP (Genzel et al., 2025); its defaults.
 Shapes: a layer (m, n), q = min(m, n) singular values, an adapter of rank r: A (r, n), B (m, r).
 """
 import sys
@@ -29,7 +28,6 @@ from support.script import InputError, check_apart, run
 SCALE = 2e-2            # of p: 1 in the relaxed mask; where p starts
 GROWTH = 1.01 ** 0.25   # of λ at each step: 1.01 every four
 STATE = "training.safetensors"
-# stop: the share of the size at which masks are done; weight: λ at the start.
 OPTIONS = {"stop": 0.4, "lr": 5e-5, "weight": 1e-3, "rank": 32, "alpha": 16.0, "dropout": 0.05,
            "batch": 4, "adapter_steps": 1000, "every": 50}
 
@@ -38,7 +36,8 @@ OPTIONS = {"stop": 0.4, "lr": 5e-5, "weight": 1e-3, "rank": 32, "alpha": 16.0, "
 def mask(p):
     """1[p > 0], with the derivative of relu(p)/SCALE (straight through)."""
     relaxed = F.relu(p) / SCALE
-    return relaxed + ((p > 0).float() - relaxed).detach()
+    hard = (p > 0).float()
+    return relaxed + (hard - relaxed).detach()
 
 
 class Masked(nn.Module):
@@ -78,8 +77,7 @@ def put_on(model, options):
 
 
 def parts(layer, kept):
-    """{name: tensor} of an Adapter's layer with the singular values `kept`, a mask (q,):
-    factors, the adapter behind them, or W where these would be larger."""
+    """{name: tensor} of an Adapter's layer: factors of the values `kept` (q,), or W if less."""
     base = layer.linear
     U = torch.cat((base.U[:, kept], layer.scale * layer.B), dim=1)
     V = torch.cat((base.V[kept], layer.A))
@@ -88,7 +86,6 @@ def parts(layer, kept):
     return {"U.weight": U, "V.weight": V, "U.bias": base.bias}
 
 
-# ------------------------------------------------------------ sizes and scores
 def share_left(bases, kept):
     """Of the size of Masked layers, where `kept`, a mask of all their values, is left."""
     left = sum(base.size(int(kept.cpu()[base.at.cpu()].sum())) for base in bases)
@@ -97,7 +94,8 @@ def share_left(bases, kept):
 
 def cut(bases, scores, rate):
     """The mask of the best scores of all Masked layers that leaves at most `rate`."""
-    budget = rate * sum(base.weight.numel() for base in bases)
+    whole = sum(base.weight.numel() for base in bases)
+    budget = rate * whole
     owner = [base for base in bases for _ in base.at]
     counts = dict.fromkeys(owner, 0)
     kept = torch.zeros(len(scores), dtype=torch.bool)
@@ -124,7 +122,7 @@ class Training:
         self.params = {"p": p} | {f"{name}.{key}": getattr(layer, key)
                                   for name, layer in layers.items() for key in "AB"}
         self.optimizer = torch.optim.AdamW(self.params.values(), options["lr"], weight_decay=0)
-        self.cut_at = torch.zeros(len(p))           # the step at which each was cut, or 0
+        self.cut_at = torch.zeros(len(p)).double()  # the step at which each was cut, or 0
         self.step = self.reached = 0                # now, and where --stop was
         if folder and STATE in folder.files:
             self.step, self.reached = folder.files[STATE]["note"]
@@ -145,9 +143,10 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if not self.reached:
-            left = self.p.detach().cpu() > 0
-            self.cut_at[~left & (self.cut_at == 0)] = self.step
-            if share_left(self.bases, left) <= self.options["stop"]:
+            p = self.p.detach().cpu().double()
+            now = (p <= 0) & (self.cut_at == 0)
+            self.cut_at[now] = self.step + p[now]       # Not in the source: many tie
+            if share_left(self.bases, p > 0) <= self.options["stop"]:
                 self.reached = self.step
         if self.folder and (self.done or self.step % self.options["every"] == 0):
             tensors = training_tensors(self.params, self.optimizer) | {"cut": self.cut_at}
@@ -169,7 +168,8 @@ def learn(task, model, training):
         model.eval()
         training.update()
         if training.step % task.options["every"] == 0 or training.done:
-            yield training.step, share_left(training.bases, training.p > 0), loss.mean(task.held)
+            left = share_left(training.bases, training.p > 0)
+            yield training.step, left, loss.mean(task.held)
 
 
 # ------------------------------------------------------------ the command
@@ -197,14 +197,14 @@ def main():
         p.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value,
                        help=f"(default {value:g})")
     args = p.parse_args()
-    if not 0 < args.stop <= args.rate < 1:
-        raise InputError(f"--rate is {args.rate}, --stop {args.stop}; expected 0 < stop ≤ rate "
-                         "< 1: below --stop the scores say nothing, so train to less")
+    if not 0 < args.stop <= args.rate < 1 or not args.weight:
+        raise InputError(f"--rate is {args.rate}, --stop {args.stop}, --weight {args.weight}; "
+                         "expected 0 < stop ≤ rate < 1 (to cut to less, train to less), weight > 0")
     task = peer_task("acip", args, {name: getattr(args, name) for name in OPTIONS})
     check_apart(args.out, map=args.map)
 
     def blocks():
-        folder = TensorFolder(args.map or f"{args.out}.map", task.facts())
+        folder = TensorFolder(args.map or f"{Path(args.out)}.map", task.facts())
         folder.keep_others_out()
         torch.manual_seed(task.seed)
         model = own(task.ckpt.model(task.device, torch.float32))

@@ -38,15 +38,16 @@ class Plan(NamedTuple):
     need: float                 # bytes on disk
 
 
-def make_plan(task, flops, host, block, disk=None):
+def make_plan(task, flops, host, block, disk=None, less="fewer --samples take less"):
     """The Plan: `flops` in all, bytes of the `host`'s memory and of a `block` and what
     belongs to it, on the device; `disk` {what: bytes}, by default a result of the same
-    shapes. Raises InputError for what does not fit in memory."""
+    shapes; `less`: what takes less of the host's memory. Raises InputError for what does not
+    fit in memory."""
     disk = disk or {"result": result_bytes(task.ckpt, {})}
     if task.device.type == "cpu":
         host += block
         block = 0
-    needs = ((torch.device("cpu"), host, "fewer --samples take less"),
+    needs = ((torch.device("cpu"), host, less),
              (task.device, block, "--device cpu works in the host's memory"))
     for memory, need, advice in needs:
         free = free_bytes(memory)
@@ -153,7 +154,8 @@ def write_model(task, args, plan, train):
                 progress.say(each)
             state = model.state_dict()
             factors = {name: w.detach().to(task.ckpt.tensors[name].dtype).cpu()
-                       for name, w in state.items() if ".U." in name or ".V." in name}
+                       for name, w in state.items()
+                       if name.endswith((".U.weight", ".V.weight"))}
             for l, part in enumerate(parts):
                 rest = task.ckpt.rest(l)
                 writer.add(part, {name: factors.get(name, w) for name, w in rest.items()})

@@ -177,8 +177,8 @@ def split(windows, spare):
 def learnt_from(args, ckpt, instructions, learns):
     """(Token ids (N, T), held-out ones, the text they are of, the evaluation's text and its
     tokens a window), instructions as `prepare` has them. What does not learn holds none out;
-    of rows of instructions, which have their template in common, the last eighth is. Raises
-    InputError."""
+    of an array of windows, and of rows of instructions, which have their template in common,
+    the last eighth is. Raises InputError."""
     check_seed(args.seed)
     calib, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
     spare = None
@@ -196,7 +196,7 @@ def learnt_from(args, ckpt, instructions, learns):
     held = windows[:0]
     if learns and spare is None and len(windows) < 2:
         raise InputError(f"{len(windows)} {what}; expected 2 or more, since one in {HELD} is "
-                         "held out: set --samples, or give a longer text")
+                         "held out: give more of them")
     if learns:
         windows, held = split(windows, spare)
     return windows, held, calib, args.text or usual, length

@@ -241,6 +241,7 @@ def test_the_commands_results_are_read_and_refused_where_they_should_be(
     ("blockpruner", ["--rate", "0"], "--rate is 0.0"),
     ("blockpruner", ["--rate", "1"], "--rate is 1.0"),          # a dense model under another name
     ("acip", ["--rate", "1"], "--rate is 1.0"),
+    ("acip", ["--weight", "0"], "weight > 0"),
 ])
 def test_bad_options_are_one_sentence(tmp_path, windows, name, option, said):
     np.save(tmp_path / "ids.npy", windows.numpy())
@@ -398,6 +399,9 @@ def test_training_reaches_the_size_then_adapters_learn_alone_and_goes_on(tmp_pat
     assert scores[whole.cut_at > 0].max() < 0 < scores[whole.cut_at == 0].min()
     order = whole.cut_at[whole.cut_at > 0].argsort()
     assert (scores[whole.cut_at > 0][order].diff() >= 0).all()
+    # Nor do those that fell in one step go by their place.
+    cuts = whole.cut_at[whole.cut_at > 0]
+    assert len(cuts.unique()) > 0.9 * len(cuts) > len(cuts.ceil().unique())
     # Left twice in the middle, it ends at the same numbers.
     for steps in (1, 3, None):
         parts = trained(ckpt, windows, TensorFolder(tmp_path / "map", {"a": 1}), steps)
@@ -430,6 +434,10 @@ def test_one_map_is_cut_to_any_rate_from_the_stop_up(tmp_path, tiny, windows):
     assert small.parameters() < large.parameters()
     done = in_process("peers/acip", *arguments, "--rate", "0.3", "--out", tmp_path / "c")
     assert done.returncode == 2 and "train to less" in done.stderr
+    # Without --map it lies beside the result, however that is written.
+    usual = [each for each in arguments if each not in ("--map", tmp_path / "map")]
+    done = in_process("peers/acip", *usual, "--rate", "0.6", "--out", f"{tmp_path / 'd'}/")
+    assert done.returncode == 0 and (tmp_path / "d.map" / "training.safetensors").exists()
     # Others' options are another map.
     done = in_process("peers/acip", *arguments, "--lr", "1e-3", "--rate", "0.6", "--out",
                   tmp_path / "c")
