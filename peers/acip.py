@@ -77,7 +77,7 @@ def put_on(model, options):
 
 
 def parts(layer, kept):
-    """{name: tensor} of an Adapter's layer: factors of the values `kept` (q,), or W if less."""
+    """{name: tensor} of an Adapter's layer: its values `kept` (q,) and adapter, or W if less."""
     base = layer.linear
     U = torch.cat((base.U[:, kept], layer.scale * layer.B), dim=1)
     V = torch.cat((base.V[kept], layer.A))
@@ -145,7 +145,7 @@ class Training:
         if not self.reached:
             p = self.p.detach().cpu().double()
             now = (p <= 0) & (self.cut_at == 0)
-            self.cut_at[now] = self.step + p[now]       # Not in the source: many tie
+            self.cut_at[now] = self.step + p[now]   # Not in the source: p ≤ 0 tells apart
             if share_left(self.bases, p > 0) <= self.options["stop"]:
                 self.reached = self.step
         if self.folder and (self.done or self.step % self.options["every"] == 0):
