@@ -33,7 +33,7 @@ CONTENTS = {
     "Table 13": ("reasoning after LoRA: the same on results of enhance/lora.py", "reasoning",
                  "--ckpt DENSE RESULT … --data DIR --json …/reasoning-lora-NAME.json",
                  "reasoning-lora"),
-    "Table 14": ("retraining, with and without LoRA", "table5", ""),
+    "Table 14": ("retraining, with and without LoRA; beside Table 5", "table5", ""),
     "Figure 1": ("the losses along one sweep", "fig1", ""),
     "Figure 2": ("magnitude against influence", "fig2", ""),
     "Figure 3": ("influence weighting strength δ", "fig3", ""),
