@@ -14,7 +14,7 @@ smollm2: .venv/ready
 	.venv/bin/python air.py --ckpt data/smollm2 --windows 24 --overwrite $(if $(TEXT),$(HALVES))
 
 # Two processes, a core each: the slow half starts interpreters all the time. Its report follows the other's.
-SLOW = tests/test_large.py tests/test_disk.py tests/test_texts.py tests/test_peers.py
+SLOW = tests/test_large.py tests/test_disk.py tests/test_end_to_end.py tests/test_texts.py tests/test_peers.py
 test: .venv/ready
 	@trap 'kill 0' INT; OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SLOW) > .pytest_slow 2>&1 & slow=$$!; \
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SLOW:%=--ignore=%); first=$$?; \

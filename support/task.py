@@ -1,4 +1,5 @@
 """What the files of enhance/ and peers/ begin with: their arguments, and what these ask for."""
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -7,7 +8,6 @@ import torch
 from calibrate import add_calibration_arguments, calibration_windows
 from eval_ppl import evaluation_windows
 from support.checkpoint import Checkpoint
-from support.progress import say
 from support.script import (InputError, check_apart, check_seed, check_spared, check_writable,
                             code_digest, parser, pick_device)
 from support.texts import digest, own_windows, with_defaults
@@ -168,8 +168,8 @@ def split(windows, spare):
         return windows[:-n], windows[-n:]
     apart = ~torch.isin(stretches(spare), stretches(windows)).any(1)
     if not apart.any():
-        say("warning: every held-out window overlaps what is learnt from, and cannot tell what "
-            "is best; give a longer text, or fewer or shorter windows")
+        print("warning: every held-out window overlaps what is learnt from, and cannot tell "
+              "what is best; give a longer text, or fewer or shorter windows", file=sys.stderr)
         return windows, spare[:n]
     return windows, spare[apart][:n]
 

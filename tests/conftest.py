@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT / "tests" / "golden"))
 
+import air                                                  # noqa: E402
 from make_golden import SMALL, weights                      # noqa: E402
 from model import Llama                       # noqa: E402
 from support.config import parse_config                       # noqa: E402
@@ -72,6 +73,12 @@ def gpu(monkeypatch):
     return torch.device("cuda")
 
 
+@pytest.fixture(autouse=True)
+def nothing_listens(monkeypatch):
+    """A test begins as a run does: no Progress of another one shows what it says."""
+    monkeypatch.setattr(Progress, "running", None)
+
+
 @pytest.fixture
 def tiny(tmp_path):
     return write_checkpoint(tmp_path / "tiny")
@@ -111,6 +118,12 @@ def in_process(name, *arguments):
     finally:
         sys.argv, Progress.running = argv, None
     return SimpleNamespace(returncode=code or 0, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def air_main(monkeypatch, *arguments):
+    """air.main() in this process, where a fault can be planted; raises what it raises."""
+    monkeypatch.setattr(sys, "argv", ["air.py", *map(str, arguments)])
+    air.main()
 
 
 def distance(a, b):

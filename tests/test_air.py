@@ -5,7 +5,7 @@ import torch
 
 import air as A
 from calibrate import embed
-from conftest import ROOT, distance, in_process, script
+from conftest import ROOT, distance, in_process
 from model import LAYERS, READS
 from support.checkpoint import Checkpoint
 
@@ -471,7 +471,7 @@ def test_every_method_reads_both_streams(tiny, windows, tmp_path):
     alone = [(method,) for method in A.METHODS if method != "svd"]
     for method, *more in (*alone, ("air", "--delta", "0"), ("air", "--signal", "ones")):
         out = tmp_path / "-".join((method, *more))
-        done = script("air", "--ckpt", tiny, "--method", method, "--anchor", "1", "--out", out, "--calib",
+        done = in_process("air", "--ckpt", tiny, "--method", method, "--anchor", "1", "--out", out, "--calib",
                       tmp_path / "w.npy", "--text", "none", "--rate", "0.5", *more)
         assert done.returncode == 0, done.stderr
         made[out.name] = Checkpoint(out)
@@ -484,7 +484,7 @@ def test_every_method_reads_both_streams(tiny, windows, tmp_path):
     assert distance(product("air"), product("svdllm")) > 1e-2 < distance(product("kfac"), product("svdllm"))
     assert made["air"].raw["air"]["anchor"] == 1.0
     for method, share, said in (("svd", "1", "reads no inputs"), ("air", "1.5", "0 to 1"), ("air", "nan", "0 to 1")):
-        done = script("air", "--ckpt", tiny, "--method", method, "--anchor", share, "--out", tmp_path / "no")
+        done = in_process("air", "--ckpt", tiny, "--method", method, "--anchor", share, "--out", tmp_path / "no")
         assert done.returncode == 2 and said in done.stderr
 
 
@@ -517,11 +517,11 @@ def test_both_streams_are_collected_behind_what_is_decomposed(tiny, windows, tmp
     for more, how in ((("--stats", tmp_path / "s"), ("--method", "aasvd")),
                       (("--spill", tmp_path / "s"), ("--anchor", "0"))):
         np.save(tmp_path / "w.npy", windows.numpy())
-        done = script("air", "--ckpt", tiny, *how, "--out", tmp_path / "o", *more,
+        done = in_process("air", "--ckpt", tiny, *how, "--out", tmp_path / "o", *more,
                       "--calib", tmp_path / "w.npy", "--text", "none")
         assert done.returncode == 2 and "without --stats and --spill" in done.stderr
     how = ("aasvd",) if share == 1.0 else ("svdllm", "--anchor", share)
-    done = script("air", "--ckpt", tiny, "--method", *how, "--out", tmp_path / "o", "--calib", tmp_path / "w.npy",
+    done = in_process("air", "--ckpt", tiny, "--method", *how, "--out", tmp_path / "o", "--calib", tmp_path / "w.npy",
                   "--text", "none", "--ridge", "0", "--rate", "0.5")
     assert done.returncode == 0, done.stderr
     written = Checkpoint(tmp_path / "o")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import air
 import calibrate
-from conftest import ROOT, script, write_checkpoint
+from conftest import ROOT, air_main, script, write_checkpoint
 from support import checkpoint, large
 from support.checkpoint import Checkpoint, TensorFolder, Writer
 from support.script import Hold, InputError, check_readable, check_writable, failure
@@ -29,11 +29,6 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as 
 def job(tiny, tmp_path, windows):
     np.save(tmp_path / "w.npy", windows.numpy())
     return ["--ckpt", tiny, "--calib", tmp_path / "w.npy", "--text", "none", "--device", "cpu"]
-
-
-def in_process(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["air.py", *map(str, arguments)])
-    air.main()
 
 
 def mode(path):
@@ -57,12 +52,12 @@ def test_every_file_has_the_mode_that_umask_gives(umask, job, tmp_path, monkeypa
     monkeypatch.setattr(large.Spill, "pop", pop)
     old = os.umask(umask)
     try:
-        in_process(monkeypatch, *job, "--out", tmp_path / "out", "--stats", tmp_path / "s", "--spill", tmp_path / "p",
+        air_main(monkeypatch, *job, "--out", tmp_path / "out", "--stats", tmp_path / "s", "--spill", tmp_path / "p",
                    "--json", tmp_path / "r.json", "--quiet")
         monkeypatch.setattr(sys, "argv", [*map(str, ("", *job[:4], "--out", tmp_path / "c.npy", "--device", "cpu"))])
         calibrate.main()
         monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
-        in_process(monkeypatch, *job, "--out", tmp_path / "shards", "--quiet")
+        air_main(monkeypatch, *job, "--out", tmp_path / "shards", "--quiet")
     finally:
         os.umask(old)
     made = [tmp_path / name for name in ("out", "shards", "s", "p", "r.json", "c.npy")]
@@ -107,7 +102,7 @@ def refused(path, act, *words):
 def test_what_may_not_be_read_is_said_as_that(open_folder, monkeypatch):
     folder, job = open_folder
     ckpt = folder / "tiny"
-    run = lambda *more: (lambda: in_process(monkeypatch, *job, "--out", folder / "o", *more))     # noqa: E731
+    run = lambda *more: (lambda: air_main(monkeypatch, *job, "--out", folder / "o", *more))     # noqa: E731
     stats = TensorFolder(folder / "s", {})
     stats.save("a.safetensors", {"x": torch.ones(2)})
     for name in ("t.txt", "t.jsonl", "tokenizer.model", "model.safetensors.index.json"):
@@ -139,17 +134,17 @@ def test_what_may_not_be_written_is_said_as_that_before_any_work(open_folder, mo
     folder, job = open_folder
     (folder / "closed").mkdir()
     (folder / "closed").chmod(0o755)
-    in_process(monkeypatch, *job, "--out", folder / "old", "--quiet")
+    air_main(monkeypatch, *job, "--out", folder / "old", "--quiet")
     (folder / "old").chmod(0o555)
     monkeypatch.setattr(air, "forward_sweep", None)          # any work would fail
     os.seteuid(ROOTLESS)
     for option in ("--json", "--out", "--stats", "--spill"):
         path = folder / "closed" / "x"
         out = () if option == "--out" else ("--out", folder / "o")
-        refused(folder / "closed", lambda: in_process(monkeypatch, *job, *out, option, path))
+        refused(folder / "closed", lambda: air_main(monkeypatch, *job, *out, option, path))
     refused(folder / "closed",
-            lambda: in_process(monkeypatch, *job, "--out", folder / "o", "--stats", folder / "closed"))
-    refused(folder / "old", lambda: in_process(monkeypatch, *job, "--out", folder / "old", "--overwrite"))
+            lambda: air_main(monkeypatch, *job, "--out", folder / "o", "--stats", folder / "closed"))
+    refused(folder / "old", lambda: air_main(monkeypatch, *job, "--out", folder / "old", "--overwrite"))
     assert not list(folder.glob("o.*")) and not (folder / "o").exists()
 
 
@@ -185,14 +180,14 @@ def test_a_second_run_is_told_and_harms_nothing(shared, job, tmp_path, monkeypat
         files = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
         capsys.readouterr()
         with pytest.raises(InputError, match="another run is at work in") as error:
-            in_process(monkeypatch, *job, *(each for pair in other.items() for each in pair))
+            air_main(monkeypatch, *job, *(each for pair in other.items() for each in pair))
         told.append(str(error.value))
         assert capsys.readouterr().err == "" and {path: path.read_bytes() for path in files} == files
         return solve_block(*arguments)
     monkeypatch.setattr(air, "solve_block", at_the_same_time)
-    in_process(monkeypatch, *job, *(each for pair in own.items() for each in pair))
+    air_main(monkeypatch, *job, *(each for pair in own.items() for each in pair))
     assert told and "\n" not in told[0] and not list(tmp_path.glob("*.partial"))
-    in_process(monkeypatch, *job, "--out", tmp_path / "alone")
+    air_main(monkeypatch, *job, "--out", tmp_path / "alone")
     one, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "alone"))
     assert all(torch.equal(one[name], alone[name]) for name in alone)
 
@@ -234,26 +229,26 @@ def test_a_disk_without_locks_does_not_stop_a_run(without, job, tmp_path, monkey
         def flock(*_):
             raise OSError(37, "No locks available")
     monkeypatch.setattr(module, "fcntl", None if without == "fcntl" else Disk)
-    in_process(monkeypatch, *job, "--out", tmp_path / "o", "--stats", tmp_path / "s", "--quiet")
+    air_main(monkeypatch, *job, "--out", tmp_path / "o", "--stats", tmp_path / "s", "--quiet")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o", "s", "tiny", "w.npy"]
 
 
 def test_whole_statistics_are_read_by_any_number_of_runs(job, tmp_path, monkeypatch):
-    in_process(monkeypatch, *job, "--out", tmp_path / "a", "--stats", tmp_path / "s", "--quiet")
+    air_main(monkeypatch, *job, "--out", tmp_path / "a", "--stats", tmp_path / "s", "--quiet")
     held = Hold(tmp_path / "s")
-    in_process(monkeypatch, *job, "--out", tmp_path / "b", "--stats", tmp_path / "s", "--quiet", "--rate", 0.4)
+    air_main(monkeypatch, *job, "--out", tmp_path / "b", "--stats", tmp_path / "s", "--quiet", "--rate", 0.4)
     with pytest.raises(InputError, match="another run"):
-        in_process(monkeypatch, *job, "--out", tmp_path / "c", "--stats", tmp_path / "s", "--signal", "wxg")
+        air_main(monkeypatch, *job, "--out", tmp_path / "c", "--stats", tmp_path / "s", "--signal", "wxg")
     held.release()
     assert not list(tmp_path.glob("c*"))
 
 
 def test_other_statistics_are_refused_before_the_first_line(job, tmp_path, monkeypatch, capsys):
-    in_process(monkeypatch, *job, "--out", tmp_path / "a", "--stats", tmp_path / "s", "--quiet")
+    air_main(monkeypatch, *job, "--out", tmp_path / "a", "--stats", tmp_path / "s", "--quiet")
     np.save(tmp_path / "w.npy", np.zeros((6, 24), dtype=np.int64))
     capsys.readouterr()
     with pytest.raises(InputError, match="another windows"):
-        in_process(monkeypatch, *job, "--out", tmp_path / "b", "--stats", tmp_path / "s")
+        air_main(monkeypatch, *job, "--out", tmp_path / "b", "--stats", tmp_path / "s")
     assert capsys.readouterr().err == "" and not list(tmp_path.glob("b*"))
 
 
@@ -541,5 +536,5 @@ def test_a_partner_that_never_comes(monkeypatch):
 def test_what_a_finished_torchrun_left_behind_does_not_matter(left, job, tmp_path, monkeypatch, capsys):
     for name, value in left.items():
         monkeypatch.setenv(name, value)
-    in_process(monkeypatch, *job, "--out", tmp_path / "o")
+    air_main(monkeypatch, *job, "--out", tmp_path / "o")
     assert "model.layers.0" in capsys.readouterr().err

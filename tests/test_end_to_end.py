@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
+from functools import partial
 
 
 import numpy as np
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import air
 import influence
-from conftest import ROOT, SHARED, distance, script, write_checkpoint
+from conftest import ROOT, SHARED, air_main, distance, in_process, script, write_checkpoint
 from model import LAYERS, READS
 from support.checkpoint import Checkpoint
 
@@ -41,6 +41,10 @@ KEYS = {
 }
 
 
+# air.py as a user runs it, without starting an interpreter each time: arguments -> returncode, stdout, stderr.
+air_py = partial(in_process, "air")
+
+
 @pytest.fixture
 def job(tiny, tmp_path, windows):
     """The arguments of a small air.py run: (checkpoint, arguments, output folder)."""
@@ -53,28 +57,8 @@ def job(tiny, tmp_path, windows):
     )
 
 
-def in_process(monkeypatch, *arguments):
-    """air.main() in this process, where a fault can be planted; returns nothing, raises what main raises."""
-    monkeypatch.setattr(sys, "argv", ["air.py", *map(str, arguments)])
-    air.main()
-
-
-@pytest.fixture
-def air_py(monkeypatch, capsys):
-    """air.py as a user runs it, without starting an interpreter each time: arguments -> returncode, stdout, stderr."""
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["air.py", *map(str, arguments)])
-        code = 0
-        try:
-            air.run(air.main)
-        except SystemExit as stop:
-            code = stop.code
-        return SimpleNamespace(returncode=code, **dict(zip(("stdout", "stderr"), capsys.readouterr())))
-    return call
-
-
 @pytest.mark.parametrize("method", ["air", "svdllm", "svd", "fwsvd", "asvd"])
-def test_every_method_writes_a_checkpoint_that_loads(method, job, tmp_path, windows, air_py):
+def test_every_method_writes_a_checkpoint_that_loads(method, job, tmp_path, windows):
     ckpt, arguments, out = job
     done = air_py(*arguments, "--method", method, "--rate", 0.5, "--json", tmp_path / "r.json")
     assert done.returncode == 0, done.stderr
@@ -102,7 +86,7 @@ def test_the_written_factors_give_the_same_logits_bit_for_bit(job, windows, monk
     monkeypatch.setattr(
         air.Writer, "add", lambda self, part, tensors, note=None: (kept.update(tensors), add(self, part, tensors, note))
     )
-    in_process(monkeypatch, *arguments, "--quiet")
+    air_main(monkeypatch, *arguments, "--quiet")
     written = Checkpoint(out)
     model = written.model()
     model.load_state_dict(kept)
@@ -140,7 +124,7 @@ def test_the_same_seed_gives_the_same_file(tmp_path):
     assert (tmp_path / "a" / "config.json").read_text() == (tmp_path / "b" / "config.json").read_text()
 
 
-def test_statistics_are_used_again(job, tmp_path, air_py):
+def test_statistics_are_used_again(job, tmp_path):
     """Another rate, method, signal or δ reads them back and gives the same file as a run without them."""
     ckpt, arguments, out = job
     assert air_py(*arguments, "--stats", tmp_path / "s").returncode == 0
@@ -193,7 +177,7 @@ def test_json_goes_to_a_device_too(job, tmp_path):
     assert (tmp_path / "link.json").is_symlink() and KEYS <= json.loads((tmp_path / "real.json").read_text()).keys()
 
 
-def test_a_signal_of_the_forward_pass_keeps_the_weights_dtype(job, monkeypatch, air_py, tmp_path):
+def test_a_signal_of_the_forward_pass_keeps_the_weights_dtype(job, monkeypatch, tmp_path):
     """Wanda's |W|·‖x‖ as one line of SIGNALS, as README says: ΣXXᵀ is fp64, the sweep stays fp32."""
     wanda = influence.Signal(None, None, lambda W, gram: W.abs() * gram.diagonal().sqrt())
     monkeypatch.setitem(influence.SIGNALS, "wanda", wanda)
@@ -205,7 +189,7 @@ def test_a_signal_of_the_forward_pass_keeps_the_weights_dtype(job, monkeypatch, 
 
 
 @pytest.mark.parametrize("ridge", [(), ("--ridge", 0), ("--ridge", 0.5)])
-def test_losses_mean_the_same_for_every_method(ridge, job, tmp_path, air_py):
+def test_losses_mean_the_same_for_every_method(ridge, job, tmp_path):
     """L_act of SVD-LLM(W): what air starts from, and what svdllm ends with, the ridge included in both."""
     _, arguments, _ = job
     found = {}
@@ -218,7 +202,7 @@ def test_losses_mean_the_same_for_every_method(ridge, job, tmp_path, air_py):
         assert act == pytest.approx(found["svdllm"]["loss"][layer][0], rel=2e-3), layer
 
 
-def test_the_ridge_and_too_few_tokens_are_told(job, tmp_path, air_py):
+def test_the_ridge_and_too_few_tokens_are_told(job, tmp_path):
     ckpt, arguments, out = job
     done = air_py(*arguments, "--quiet", "--text", "none")
     assert "warning" not in done.stderr                                         # 144 tokens for 48 inputs
@@ -231,7 +215,7 @@ def test_the_ridge_and_too_few_tokens_are_told(job, tmp_path, air_py):
     assert done.stderr.startswith("warning: 72 calibration tokens are 1.5 for each") and "--samples 4" in done.stderr
 
 
-def test_layers_leaves_the_other_blocks_dense(job, air_py):
+def test_layers_leaves_the_other_blocks_dense(job):
     ckpt, arguments, out = job
     assert air_py(*arguments, "--layers", "1:2").returncode == 0
     before, after = load_file(ckpt / "model.safetensors"), load_file(out / "model.safetensors")
@@ -242,7 +226,7 @@ def test_layers_leaves_the_other_blocks_dense(job, air_py):
             assert torch.equal(after[name], w)
 
 
-def test_biases_survive(tmp_path, windows, air_py):
+def test_biases_survive(tmp_path, windows):
     ckpt = write_checkpoint(tmp_path / "q", architectures=["Qwen2ForCausalLM"])
     np.save(tmp_path / "w.npy", windows.numpy())
     done = air_py(
@@ -255,7 +239,7 @@ def test_biases_survive(tmp_path, windows, air_py):
             assert torch.equal(after[name.replace(".bias", ".U.bias")], w)
 
 
-def test_official_through_the_command_line(official, tmp_path, air_py):
+def test_official_through_the_command_line(official, tmp_path):
     folder, numbers = official
     np.save(tmp_path / "w.npy", numbers["windows"])
     base = (
@@ -305,7 +289,7 @@ def test_official_through_the_command_line(official, tmp_path, air_py):
 
 
 @pytest.mark.skipif(not (SHARED / "data").exists(), reason="the tokenizers are not at ../shared/data")
-def test_sentencepiece_text_on_another_family(tmp_path, air_py):
+def test_sentencepiece_text_on_another_family(tmp_path):
     """A Mistral-shaped model with Mistral's tokenizer, calibrated and evaluated on real text files."""
     ckpt = write_checkpoint(
         tmp_path / "m", architectures=["MistralForCausalLM"], vocab_size=32000, num_key_value_heads=1
@@ -392,7 +376,7 @@ def test_bad_checkpoints(case, job, tmp_path, monkeypatch):
 def refuse(monkeypatch, tmp_path, arguments, expected):
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(air.InputError) as error:
-        in_process(monkeypatch, *arguments)
+        air_main(monkeypatch, *arguments)
     assert expected in str(error.value) and "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -466,11 +450,11 @@ def test_the_least_rate_is_named(job, tmp_path, monkeypatch):
     with pytest.raises(air.InputError) as error:
         air.main()
     least = str(error.value).split("expected ")[1].split(" or more")[0]
-    in_process(monkeypatch, *arguments, "--text", "none", "--rate", least)
+    air_main(monkeypatch, *arguments, "--text", "none", "--rate", least)
 
 
 @pytest.mark.parametrize("method", ["air", "svdllm"])
-def test_a_layer_whose_input_is_always_zero(method, job, air_py):
+def test_a_layer_whose_input_is_always_zero(method, job):
     """A pruned half-block: v_proj is zero, so o_proj sees nothing. Any S does; the run finishes.
 
     Without a ridge, which makes every matrix positive definite, it says so.
@@ -484,7 +468,7 @@ def test_a_layer_whose_input_is_always_zero(method, job, air_py):
         assert all(torch.isfinite(w).all() for w in load_file(out / "model.safetensors").values())
 
 
-def test_plain_svd_reads_no_text(job, tmp_path, air_py):
+def test_plain_svd_reads_no_text(job, tmp_path):
     _, arguments, _ = job
     done = air_py(
         *arguments[:2], *arguments[6:], "--method", "svd", "--text", "none", "--calib", tmp_path / "nowhere.txt"
@@ -492,7 +476,7 @@ def test_plain_svd_reads_no_text(job, tmp_path, air_py):
     assert done.returncode == 0, done.stderr
 
 
-def test_one_length_serves_calibration_and_a_stream_of_tokens(job, tmp_path, air_py):
+def test_one_length_serves_calibration_and_a_stream_of_tokens(job, tmp_path):
     _, arguments, _ = job
     np.save(tmp_path / "stream.npy", np.arange(1000) % 64)
     done = air_py(*arguments, "--text", tmp_path / "stream.npy", "--json", tmp_path / "r.json")
@@ -524,13 +508,13 @@ def test_no_network(job, tmp_path, monkeypatch):
     assert not list((tmp_path / "data").iterdir())
 
 
-def test_cuda_without_a_gpu(job, air_py):
+def test_cuda_without_a_gpu(job):
     _, arguments, out = job
     done = air_py(*arguments, "--device", "cuda")
     assert done.returncode == 2 and "sees no CUDA GPU" in done.stderr and not out.exists()
 
 
-def test_existing_output_and_overwrite(job, air_py):
+def test_existing_output_and_overwrite(job):
     _, arguments, out = job
     assert air_py(*arguments).returncode == 0
     first = (out / "model.safetensors").read_bytes()
@@ -541,7 +525,7 @@ def test_existing_output_and_overwrite(job, air_py):
     assert (out / "model.safetensors").read_bytes() != first
 
 
-def test_overwrite_spares_the_neighbours(job, tmp_path, air_py):
+def test_overwrite_spares_the_neighbours(job, tmp_path):
     """Folders with names like ours stay; a trailing slash is fine; statistics inside the output are refused."""
     _, arguments, out = job
     (tmp_path / "out.old").mkdir()
@@ -566,7 +550,7 @@ def test_overwrite_spares_the_neighbours(job, tmp_path, air_py):
     assert refused.returncode == 2 and "was not written by this program" in refused.stderr
 
 
-def test_statistics_of_a_changed_checkpoint_or_damaged_file(job, tmp_path, air_py):
+def test_statistics_of_a_changed_checkpoint_or_damaged_file(job, tmp_path):
     ckpt, arguments, _ = job
     assert air_py(*arguments, "--stats", tmp_path / "s").returncode == 0
     block = tmp_path / "s" / "block_001.lrp.safetensors"
@@ -585,7 +569,7 @@ def test_statistics_of_a_changed_checkpoint_or_damaged_file(job, tmp_path, air_p
     assert changed.returncode == 2 and "another checkpoint" in changed.stderr
 
 
-def test_activations_that_overflow_are_said(job, tmp_path, air_py):
+def test_activations_that_overflow_are_said(job, tmp_path):
     ckpt, arguments, out = job
     retensor(
         ckpt, lambda s: s.update({"model.layers.0.mlp.up_proj.weight": s["model.layers.0.mlp.up_proj.weight"] * 1e30})

@@ -1,22 +1,19 @@
 """enhance/: block refinement, retraining, LoRA and quantization against brute force and published algorithms."""
 import copy
-import io
 import json
 import math
 import re
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SHARED, TINY, distance, script, write_checkpoint
+from conftest import ROOT, SHARED, TINY, distance, in_process, script, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -35,7 +32,6 @@ from experiments import scale
 from experiments.stack import block_tensors
 from generate import Decoder, generate
 from model import LAYERS, Llama, LowRank, rope
-from support import export
 from support.checkpoint import Checkpoint, TensorFolder, Writer
 from support.config import parse_config
 from support.learning import Course, balance, learn, linear_at, own, rate_at, warm_up_of
@@ -43,30 +39,10 @@ from support.even import EVEN, SHRINKS, clipped, even_scale, refit, rotate, smoo
 from support.ranks import held_windows
 from support.task import Task, code_of, dense_of, prepare, spare_windows, split
 from support.packed import WIDTHS, dequantize, grid_of, pack, unpack, widen
-from support.script import InputError, run
+from support.script import InputError
 from support.texts import instruction_rows
 
 CPU, FP32, FP64 = torch.device("cpu"), torch.float32, torch.float64
-
-
-class Done(NamedTuple):
-    returncode: int
-    stderr: str
-
-
-def in_process(module, *arguments):
-    """A script's main() with these arguments, as `script` would run it, but here."""
-    argv, said = sys.argv, io.StringIO()
-    sys.argv = [module.__name__, *map(str, arguments)]
-    code = 0
-    try:
-        with redirect_stderr(said), redirect_stdout(io.StringIO()):
-            run(module.main)
-    except SystemExit as e:
-        code = e.code
-    finally:
-        sys.argv = argv
-    return Done(code, said.getvalue())
 
 
 FILES = {"refine": refine_file, "retrain": retrain_file, "lora": lora_file, "quantize": quantize_file}
@@ -91,13 +67,13 @@ def made(start):
 
 def result_of(dense, out, usual):
     """The Checkpoint that air.py makes of `dense` at rate 0.5."""
-    done = in_process(air, "--ckpt", dense, "--rate", "0.5", "--out", out, "--text", "none", *usual)
+    done = in_process("air", "--ckpt", dense, "--rate", "0.5", "--out", out, "--text", "none", *usual)
     assert done.returncode == 0, done.stderr
     return Checkpoint(out)
 
 
 def enhance(name, start, out, *more):
-    return in_process(FILES[name], "--ckpt", start, "--out", out, "--text", "none", *more)
+    return in_process(f"enhance/{name}", "--ckpt", start, "--out", out, "--text", "none", *more)
 
 
 def enhanced(name, start, out, *more):
@@ -202,7 +178,7 @@ def test_what_a_run_reads_is_not_replaced_with_its_output(made, tmp_path):
                               ("retrain", small, ("--teacher", outer / "dense"))):
         done = enhance(name, start, outer, *usual, *more, "--overwrite")
         assert done.returncode == 2 and "lies inside --out" in done.stderr and done.stderr.count("\n") == 1
-    done = in_process(air, "--ckpt", outer / "dense", "--out", outer, "--text", "none", *usual, "--overwrite")
+    done = in_process("air", "--ckpt", outer / "dense", "--out", outer, "--text", "none", *usual, "--overwrite")
     assert done.returncode == 2 and "lies inside --out" in done.stderr
     # The folder itself may be what it starts from.
     enhanced("quantize", outer, outer, *usual, "--overwrite")
@@ -213,7 +189,7 @@ def test_a_users_own_folder_is_not_taken_for_parts(made, tmp_path):
     (tmp_path / "mine.partial").mkdir()
     (tmp_path / "mine.partial" / "notes.txt").write_text("precious")
     for done in (enhance("quantize", small, tmp_path / "mine", *usual),
-                 in_process(air, "--ckpt", dense, "--out", tmp_path / "mine", "--text", "none", *usual)):
+                 in_process("air", "--ckpt", dense, "--out", tmp_path / "mine", "--text", "none", *usual)):
         assert done.returncode == 2 and "notes.txt, which no run wrote" in done.stderr and done.stderr.count("\n") == 1
     assert (tmp_path / "mine.partial" / "notes.txt").read_text() == "precious"
     # What a run leaves that is killed within its first part is.
@@ -273,11 +249,11 @@ def test_an_fp32_start_is_left_alone_in_memory_too(start, tmp_path, name, more):
     """Such a checkpoint hands out its own memory: what was trained in it would be measured as the start."""
     write_checkpoint(tmp_path / "fp32")
     usual = ["--calib", start / "ids.npy", "--samples", "16", "--seqlen", "16"]
-    done = in_process(air, "--ckpt", tmp_path / "fp32", "--out", tmp_path / "small", "--text", "none", *usual)
+    done = in_process("air", "--ckpt", tmp_path / "fp32", "--out", tmp_path / "small", "--text", "none", *usual)
     assert done.returncode == 0, done.stderr
     rates = () if name == "quantize" else ("--lr", "2e-3", "--batch", "4")
-    done = in_process(FILES[name], "--ckpt", tmp_path / "small", "--out", tmp_path / "o", "--windows", "4", *usual,
-                      *more, *rates, "--json", tmp_path / "r.json")
+    done = in_process(f"enhance/{name}", "--ckpt", tmp_path / "small", "--out", tmp_path / "o", "--windows", "4",
+                      *usual, *more, *rates, "--json", tmp_path / "r.json")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r.json").read_text())
     windows, _, _ = evaluation_windows(str(start / "ids.npy"), Checkpoint(tmp_path / "small"), 16, 4)
@@ -454,6 +430,8 @@ def test_held_out_windows_share_no_text_with_what_is_learnt_from(made, tmp_path)
     np.save(tmp_path / "short.npy", text[:300].numpy().astype(np.int64))
     args = ("--calib", tmp_path / "short.npy", "--samples", "16", "--seqlen", "60", "--epochs", "1")
     done = enhance("refine", small, tmp_path / "o", *usual, *args)
+    quiet = enhance("refine", small, tmp_path / "o", *usual, *args, "--overwrite", "--quiet")
+    assert quiet.stderr.startswith("warning: every held-out window overlaps") and quiet.stderr.count("\n") == 1
     assert "every held-out window overlaps" in done.stderr and "16 + 2 held out" in done.stderr
     np.save(tmp_path / "long.npy", text.numpy().astype(np.int64))
     args = ("--calib", tmp_path / "long.npy", "--samples", "16", "--seqlen", "60", "--epochs", "1")
@@ -575,7 +553,7 @@ def test_a_run_killed_while_it_moves_its_result_into_place_trains_nothing_again(
                              "--text", "none", *map(str, more)], capture_output=True, text=True)
     assert killed.returncode == 9, killed.stderr
     # What lies there is refused to those that would not go on from it, in words that fit.
-    other = in_process(air, "--ckpt", made[1], "--out", tmp_path / "parts", "--text", "none", *usual)
+    other = in_process("air", "--ckpt", made[1], "--out", tmp_path / "parts", "--text", "none", *usual)
     assert other.returncode == 2 and "or of enhance/" in other.stderr
     monkeypatch.setattr(Loss, "add_gradient", lambda *a: pytest.fail("trained again"))
     enhanced("retrain", small, tmp_path / "parts", *more)
@@ -963,8 +941,8 @@ def test_a_smoothed_result_has_lost_less_and_its_norms_carry_the_scales(start, t
 
 def test_smoothing_leaves_dense_blocks_and_dead_columns_alone(start, tmp_path):
     ckpt, usual = uneven(tmp_path, start)
-    done = in_process(air, "--ckpt", tmp_path / "uneven", "--rate", "0.5", "--out", tmp_path / "one", "--text", "none",
-                      *usual, "--layers", "0:1")
+    done = in_process("air", "--ckpt", tmp_path / "uneven", "--rate", "0.5", "--out", tmp_path / "one", "--text",
+                      "none", *usual, "--layers", "0:1")
     assert done.returncode == 0, done.stderr
     made = enhanced("quantize", tmp_path / "one", tmp_path / "q", *usual, "--smooth")
     before = Checkpoint(tmp_path / "one")
@@ -1124,7 +1102,7 @@ def test_u_is_fitted_to_what_was_before_anything_was_rounded(made, monkeypatch):
 def test_turned_and_fitted_factors_lose_less(tmp_path):
     """Of the demo, whose singular values fall; two of its six blocks."""
     few = ["--samples", "16", "--seqlen", "128"]
-    done = in_process(air, "--layers", "1:3", "--out", tmp_path / "a", "--text", "none", *few)
+    done = in_process("air", "--layers", "1:3", "--out", tmp_path / "a", "--text", "none", *few)
     assert done.returncode == 0, done.stderr
     small = Checkpoint(tmp_path / "a")
     windows, _, _ = evaluation_windows("stdlib", small, 128, 8)
@@ -1200,7 +1178,7 @@ def test_biases_stay_as_they_are_and_a_killed_run_finds_them(tmp_path, changes):
 
 def test_what_is_left_dense_is_said_and_a_group_beyond_the_columns_takes_no_more(made, tmp_path):
     _, dense, usual = made
-    done = in_process(air, "--ckpt", dense, "--rate", "0.5", "--out", tmp_path / "one", "--text", "none", *usual,
+    done = in_process("air", "--ckpt", dense, "--rate", "0.5", "--out", tmp_path / "one", "--text", "none", *usual,
                       "--layers", "0:1")
     assert done.returncode == 0, done.stderr
     done = enhance("quantize", tmp_path / "one", tmp_path / "q", *usual)
@@ -1237,9 +1215,9 @@ def test_everything_composes_on_grouped_query_heads(made, tmp_path):
     assert "quantized" not in again.raw["air"] and (tmp_path / "t" / "modeling_air.py").exists()
     adapted = enhanced("lora", small, tmp_path / "l", *usual, "--epochs", "1", "--batch", "4")
     assert adapted.cfg == refined.cfg
-    done = in_process(export, tmp_path / "l", "--dense", tmp_path / "d")
+    done = in_process("support/export", tmp_path / "l", "--dense", tmp_path / "d")
     assert done.returncode == 0 and Checkpoint(tmp_path / "d").cfg == Checkpoint(dense).cfg
-    unpacked = in_process(export, tmp_path / "q", "--dense", tmp_path / "e")
+    unpacked = in_process("support/export", tmp_path / "q", "--dense", tmp_path / "e")
     assert unpacked.returncode == 0 and Checkpoint(tmp_path / "e").dtype == torch.bfloat16
     # Generation from the codes is generation from what they stand for.
     lines = [list(generate(Decoder(each.model(CPU, FP32)), [[5, 6, 7]], 6, temperature=0))
@@ -1250,7 +1228,7 @@ def test_everything_composes_on_grouped_query_heads(made, tmp_path):
 def test_everything_composes_on_the_demo(tmp_path):
     """air -> refine -> quantize -> generate, and air -> lora -> export; two of six blocks."""
     few = ["--samples", "8", "--seqlen", "128"]
-    done = in_process(air, "--layers", "1:3", "--out", tmp_path / "a", "--text", "none", *few)
+    done = in_process("air", "--layers", "1:3", "--out", tmp_path / "a", "--text", "none", *few)
     assert done.returncode == 0, done.stderr
     small = Checkpoint(tmp_path / "a")
     assert {layer.split(".")[2] for layer in small.cfg.ranks} == {"1", "2"}
@@ -1272,7 +1250,7 @@ def test_everything_composes_on_the_demo(tmp_path):
         size += rows * (-(-columns[0] // 2) + 3) if four else small.tensors[name].read().nbytes
     assert size <= (tmp_path / "q" / "model.safetensors").stat().st_size <= 1.01 * size
     enhanced("lora", tmp_path / "a", tmp_path / "l", "--epochs", "1", "--batch", "4", *few)
-    done = in_process(export, tmp_path / "l", "--dense", tmp_path / "d")
+    done = in_process("support/export", tmp_path / "l", "--dense", tmp_path / "d")
     assert done.returncode == 0, done.stderr
     merged, dense = Checkpoint(tmp_path / "l"), Checkpoint(tmp_path / "d")
     assert not dense.cfg.ranks

@@ -37,12 +37,6 @@ def clock(monkeypatch):
     return Clock(monkeypatch)
 
 
-@pytest.fixture(autouse=True)
-def nothing_listens_afterwards():
-    yield
-    P.Progress.running = None
-
-
 def sweep(clock, blocks, windows, seconds, between=0):
     """A sweep of `blocks` as the scripts have it: `seconds` a window, `between` spent by whoever reads it."""
     for l in P.told("forward sweep: block", range(blocks)):

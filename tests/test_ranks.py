@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, in_process, script, write_checkpoint
+from conftest import TINY, in_process, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import air as A
@@ -244,7 +244,7 @@ def test_a_step_that_makes_it_worse_is_not_taken(tiny, windows, monkeypatch):
 def test_the_command_writes_measured_ranks(tmp_path, windows, method):
     write_checkpoint(tmp_path / "m", architectures=["Qwen2ForCausalLM"], attention_bias=True)
     np.save(tmp_path / "w.npy", windows.numpy())
-    done = script("air", "--ckpt", tmp_path / "m", "--calib", tmp_path / "w.npy", "--text", tmp_path / "w.npy",
+    done = in_process("air", "--ckpt", tmp_path / "m", "--calib", tmp_path / "w.npy", "--text", tmp_path / "w.npy",
                   "--rate", 0.5, "--method", method, "--ranks", "auto", "--layers", "1:2", "--out", tmp_path / "out",
                   "--stats", tmp_path / "stats")
     assert done.returncode == 0, done.stderr
@@ -256,7 +256,7 @@ def test_the_command_writes_measured_ranks(tmp_path, windows, method):
     assert ckpt.cfg.ranks == section["ranks"]
     assert all(layer.startswith("model.layers.1.") for layer in ckpt.cfg.ranks)
     # The same again from kept statistics: the same file.
-    again = script("air", "--ckpt", tmp_path / "m", "--calib", tmp_path / "w.npy", "--text", "none", "--rate", 0.5,
+    again = in_process("air", "--ckpt", tmp_path / "m", "--calib", tmp_path / "w.npy", "--text", "none", "--rate", 0.5,
                    "--method", method, "--ranks", "auto", "--layers", "1:2", "--out", tmp_path / "again",
                    "--stats", tmp_path / "stats")
     assert again.returncode == 0, again.stderr
@@ -370,7 +370,7 @@ def test_a_killed_run_goes_on_with_the_ranks_that_it_had_measured(tmp_path, wind
 def test_a_quiet_run_prints_its_results_only(tmp_path, windows):
     write_checkpoint(tmp_path / "m")
     np.save(tmp_path / "w.npy", windows.numpy())
-    done = script("air", "--ckpt", tmp_path / "m", "--calib", tmp_path / "w.npy", "--rate", 0.5, "--method", "kfac",
+    done = in_process("air", "--ckpt", tmp_path / "m", "--calib", tmp_path / "w.npy", "--rate", 0.5, "--method", "kfac",
                   "--ranks", "auto", "--out", tmp_path / "out", "--quiet", "--json", tmp_path / "r.json",
                   "--text", tmp_path / "w.npy")
     assert done.returncode == 0 and "ranks" not in done.stdout + done.stderr
