@@ -23,18 +23,18 @@ from typing import NamedTuple
 import torch
 
 from calibrate import add_calibration_arguments, calibration_windows, embed, forward_sweep
-from eval_ppl import evaluation_windows
+from eval_ppl import evaluation
 from influence import SIGNALS, backward_sweep, check_signal, start_gradient
 from model import LAYERS, READS
 from support import fast, large, report
 from support import ranks as by_measurement
 from support.anchored import anchored_sweep
-from support.checkpoint import Checkpoint, Writer, part_of, result_bytes
+from support.checkpoint import Checkpoint, Writer, part_of, result_bytes, written_bytes
 from support.progress import Progress, Stopwatch
-from support.script import (InputError, check_apart, check_spared, check_writable,
+from support.script import (InputError, check_apart, check_results, check_spared,
                             code_digest, parser, peak_memory, pick_blocks, pick_device, run,
                             write_json)
-from support.texts import digest, own_windows, with_defaults
+from support.texts import digest, with_defaults
 
 # Where both sides are as wide, support/fast.py computes the same with less work; math.inf
 # keeps to the lines here.
@@ -742,22 +742,12 @@ def parse_arguments():
     p.add_argument("--stats", metavar="DIR", help="keep statistics here and use them "
                    "again; a killed run goes on where it was")
     p.add_argument("--spill", metavar="DIR", help="keep block inputs here instead of in "
-                   "memory, until they have been used")
+                   "memory, until the way back has used them (where there is one)")
     p.add_argument("--out", help="output folder (default: out/NAME-METHOD-RATE)")
     p.add_argument("--overwrite", action="store_true",
                    help="replace an existing output folder once the new one is whole")
     p.add_argument("--json", metavar="FILE", help="write the results to FILE")
     return p.parse_args()
-
-
-def evaluation(text, ckpt, seqlen, args):
-    """What evaluation_windows returns; None for the text "none"."""
-    if text == "none":
-        return None
-    # A .npy file of windows brings their length.
-    length = seqlen if own_windows(text, ckpt) is None else args.seqlen
-    _, _, length = with_defaults(ckpt, text, None, length)
-    return evaluation_windows(text, ckpt, length, args.windows)
 
 
 def check_options(args):
@@ -785,7 +775,7 @@ def check_options(args):
 
 def prepare(args):
     """Arguments -> Job. Whatever can be wrong with them raises InputError here."""
-    check_writable(args.json)
+    check_results(args.json)
     ckpt = Checkpoint(args.ckpt)
     if ckpt.cfg.compressed:
         raise InputError(f"{args.ckpt} is already compressed; "
@@ -797,6 +787,8 @@ def prepare(args):
     ranks = pick_ranks(ckpt, blocks, args.rate)
     device, dtype, why = pick_device(args.device, args.dtype)
     check_signal(options.backward, dtype)
+    if options.measured:
+        check_signal("slope", dtype)
     calib, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
     windows = held = torch.empty(0, seqlen, dtype=torch.long)
     if options.calibrated:
@@ -927,14 +919,20 @@ def solve_block(job, l, stats, progress):
     note = {"ranks": {}, "loss": {}, "repairs": {}}
     for solved in compress_block(job.ckpt, l, stats, job.ranks, job.options, job.device):
         if solved.repair:
-            progress.say(f"{solved.layer}: ΣXXᵀ is not positive definite; "
-                         f"{solved.repair:.0e} of its own diagonal was added to it")
             note["repairs"][solved.layer] = solved.repair
         progress.step(report.layer_line(solved), large.processes()[1])
         tensors |= solved.tensors
         note["ranks"][solved.layer] = solved.k
         note["loss"][solved.layer] = solved.losses[:3]
     return part_of(l), tensors | job.ckpt.rest(l, note["ranks"]), note
+
+
+def add_parts(writer, parts, progress):
+    """Write blocks as `solve_block` returns them, of all processes; say what was repaired."""
+    for name, tensors, note in parts:
+        for layer, shift in note["repairs"].items():
+            progress.say(report.repair_line(layer, shift))
+        writer.add(name, tensors, note)
 
 
 def main():
@@ -949,7 +947,7 @@ def main():
     first = large.processes()[0] == 0                       # it writes and evaluates
     writer = nullcontext()
     if first:
-        writer = Writer(job.out, need, args.overwrite, job.facts(), keep=bool(job.stats))
+        writer = Writer(job.out, written_bytes(need), args.overwrite, job.facts(), bool(job.stats))
 
     # Block by block: collect its statistics, replace its weights by factors, write them.
     with writer:
@@ -971,8 +969,7 @@ def main():
             watch.lap("statistics")
             part = None if l is None else solve_block(job, l, stats, progress)
             del stats
-            for name, tensors, note in large.gather(part):
-                writer.add(name, tensors, note)
+            add_parts(writer, large.gather(part), progress)
             watch.lap("solve")
         large.end_processes()
         if not first:

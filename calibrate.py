@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from model import INPUTS, PLAIN, rope, wide
 from support.checkpoint import Checkpoint
 from support.progress import Progress, told
-from support.script import (check_seed, check_writable, parser, pick_device, run,
+from support.script import (InputError, check_seed, check_writable, parser, pick_device, run,
                             write_result)
 from support.texts import (digest, is_array, own_windows, rows_of, token_array, too_short,
                            with_defaults)
@@ -166,6 +166,9 @@ def main():
     check_writable(args.out)
     Progress(args.quiet).listen()
     ckpt = Checkpoint(args.ckpt)
+    if ckpt.cfg.removed:
+        raise InputError(f"{args.ckpt} has halves of blocks left out, which have no inputs; "
+                         "point --ckpt at the dense checkpoint")
     device, dtype, _ = pick_device(args.device, args.dtype)
     text, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
     windows = calibration_windows(text, ckpt, samples, seqlen, args.seed)

@@ -19,7 +19,7 @@ from calibrate import embed, forward_sweep
 from model import to_logits
 from support.checkpoint import Checkpoint
 from support.progress import Progress, told
-from support.script import (InputError, check_writable, parser, pick_device, run,
+from support.script import (InputError, check_results, parser, pick_device, run,
                             write_json)
 from support.texts import (is_array, own_windows, rows_of, token_array, too_short,
                            with_defaults)
@@ -49,6 +49,16 @@ def evaluation_windows(text, ckpt, seqlen=2048, count=None):
         raise too_short(text, len(ids), seqlen)
     windows = ids[:n * seqlen].view(n, seqlen)
     return evenly(windows, count, text), len(ids), per_byte
+
+
+def evaluation(text, ckpt, seqlen, args):
+    """What evaluation_windows returns for a command's --text, --seqlen and --windows; None for
+    the text "none". seqlen: tokens a window, but of a .npy file that brings its own."""
+    if text == "none":
+        return None
+    length = seqlen if own_windows(text, ckpt) is None else args.seqlen
+    _, _, length = with_defaults(ckpt, text, None, length)
+    return evaluation_windows(text, ckpt, length, args.windows)
 
 
 def evenly(windows, count, text):
@@ -178,7 +188,7 @@ def check_ids(ours, others):
 def main():
     args = parse_arguments()
     progress = Progress(args.quiet).listen()
-    check_writable(args.json)
+    check_results(args.json)
     ckpt, against = open_both(args)
     device, dtype, why = pick_device(args.device, args.dtype)
     text, _, seqlen = with_defaults(ckpt, args.text, None, args.seqlen)

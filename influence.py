@@ -151,10 +151,10 @@ BACKWARD = tuple(name for name, signal in SIGNALS.items() if signal.target)
 
 
 def check_signal(signal, dtype):
-    """Raise InputError for relevance in fp16, whose range z/(z + ε) leaves."""
-    relevance = signal is not None and SIGNALS[signal].ops not in (PLAIN, None)
-    if relevance and dtype == torch.float16:
-        raise InputError("the lrp signal overflows in float16; "
+    """Raise InputError for a way back in fp16, whose range z/(z + ε) leaves above and the
+    gradient of a loss below."""
+    if signal in BACKWARD and dtype == torch.float16:
+        raise InputError(f"the gradients of the {signal} signal leave float16's range; "
                          "use --dtype bfloat16 or float32")
 
 
@@ -178,7 +178,7 @@ def output_gradient(x, ids, head, cfg, signal):
 def start_gradient(ckpt, windows, h, device, signal="lrp"):
     """Replace the last block's output h (N, T, dim), in place, by ∂target/∂h.
 
-    Raises InputError for lrp in fp16, which overflows.
+    Raises InputError in fp16, whose range gradients leave.
     """
     check_signal(signal, h.dtype)
     head = ckpt.head(device, h.dtype)

@@ -142,7 +142,7 @@ def lora(task, model, folder=None):
     o = task.options
     balance(model)
     loss = Loss(model, task.device, task.dtype)
-    steps = o["epochs"] * -(-len(task.windows) // o["batch"])
+    steps = task.steps
     warm_up = warm_up_of(steps, WARM_UP)
 
     def gradient(step):

@@ -121,7 +121,7 @@ def retrain(task, model, teacher=None, folder=None):
     params = learning_factors(model)
     stored = {name: task.ckpt.tensors[name].dtype for name in params}
     course = Course(params, o, stored, folder)
-    steps = o["epochs"] * -(-len(task.windows) // o["batch"])
+    steps = task.steps
     warm_up = warm_up_of(steps, WARM_UP)
 
     def gradient(step):
@@ -144,7 +144,7 @@ def model_plan(task, states, each, stages=1, teacher=None):
     cfg = task.ckpt.cfg
     o = task.options
     T = task.windows.shape[1]
-    evaluations = 1 + o["epochs"] * len(task.windows) // o["batch"] // o["every"]
+    evaluations = 1 + -(-task.steps // o["every"])
     numbers = task.ckpt.parameters()
     tokens = 8 * task.windows.numel() * o["epochs"] + 2 * task.held.numel() * evaluations
     # The parameters and what belongs to each; a micro-batch's graph and its logits.

@@ -30,8 +30,9 @@ from support.anchored import anchored_sweep
 from support.checkpoint import Checkpoint, in_memory
 from support.config import own_defaults
 from support.large import SWEEPS, Kept
-from support.progress import Progress
+from support.progress import Progress, say
 from support.ranks import find_ranks, held_windows
+from support.report import repair_line
 from support.script import (ROOT, InputError, code_digest, finite, parser, pick_device,
                             write_json, write_whole)
 from support.texts import digest, with_defaults
@@ -143,6 +144,8 @@ def compress(ckpt, sweep, ranks, options, device):
     for l, stats in sweep:
         for solved in compress_block(ckpt, l, stats, ranks, options, device):
             made |= solved.tensors
+            if solved.repair:
+                say(repair_line(solved.layer, solved.repair))
             if solved.losses.after is not None:
                 losses.append(solved.losses)
     kept = [name for name in ckpt.names if name.rpartition(".")[0] not in ranks]
@@ -208,7 +211,7 @@ class Lab:
     def __init__(self, script, setup):
         self.script = script
         self.setup = setup
-        self.progress = Progress()
+        self.progress = Progress().listen()
         self.ckpt = Checkpoint(setup.ckpt)
         self.check()
         self.seeds = [int(seed) for seed in setup.seeds.split(",")]

@@ -27,7 +27,7 @@ from support.script import InputError, check_apart, run
 
 SCALE = 2e-2            # of p: 1 in the relaxed mask; where p starts
 GROWTH = 1.01 ** 0.25   # of λ at each step: 1.01 every four
-STATE = "training.safetensors"
+STATE = "training"      # the stem of its files
 OPTIONS = {"stop": 0.4, "lr": 5e-5, "weight": 1e-3, "rank": 32, "alpha": 16.0, "dropout": 0.05,
            "batch": 4, "adapter_steps": 1000, "every": 50}
 
@@ -81,7 +81,7 @@ def parts(layer, kept):
     base = layer.linear
     U = torch.cat((base.U[:, kept], layer.scale * layer.B), dim=1)
     V = torch.cat((base.V[kept], layer.A))
-    if base.size(int(kept.sum())) == base.weight.numel():
+    if len(V) * sum(base.weight.shape) >= base.weight.numel():
         return {"weight": U @ V, "bias": base.bias}
     return {"U.weight": U, "V.weight": V, "U.bias": base.bias}
 
@@ -124,9 +124,9 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.params.values(), options["lr"], weight_decay=0)
         self.cut_at = torch.zeros(len(p)).double()  # the step at which each was cut, or 0
         self.step = self.reached = 0                # now, and where --stop was
-        if folder and STATE in folder.files:
-            self.step, self.reached = folder.files[STATE]["note"]
-            tensors = folder.load(STATE)
+        found = folder.latest(STATE) if folder else None
+        if found:
+            (self.step, self.reached), tensors = found
             self.cut_at = tensors["cut"].clone()
             take_training(self.params, self.optimizer, tensors, self.step)
 
@@ -150,7 +150,7 @@ class Training:
                 self.reached = self.step
         if self.folder and (self.done or self.step % self.options["every"] == 0):
             tensors = training_tensors(self.params, self.optimizer) | {"cut": self.cut_at}
-            self.folder.save(STATE, tensors, [self.step, self.reached])
+            self.folder.save_state(STATE, self.step, tensors, [self.step, self.reached])
 
     def scores(self):
         """p/SCALE of what is left, above 0; of what was cut, the later the nearer to 0."""

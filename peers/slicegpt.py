@@ -185,7 +185,8 @@ def main():
     # The stream twice through every half: once through its weights, once into Σxᵀx.
     flops = 2 * tokens * (task.ckpt.parameters() + 4 * cfg.n_layers * cfg.dim**2)
     blocks = sliced(task.ckpt, task.windows, s, args.normed, task.device)
-    cost = flops, 4 * tokens * cfg.dim, 8 * weights_of(task.ckpt, 0)
+    disk = {"result": parameters(cfg, s) * task.ckpt.dtype.itemsize + 2**22}
+    cost = flops, 4 * tokens * cfg.dim, 8 * weights_of(task.ckpt, 0), disk
     write_peer(task, args, cost, blocks, sliced_config(task.ckpt, s),
                {"turned": True, "width": s})
 

@@ -406,6 +406,12 @@ FIRST_PARTS = r"(model-block-\d+|training\S*)\.safetensors(\.partial)?|manifest\
 SHARD_BYTES = 5e9       # a larger checkpoint is stored as one shard a block
 
 
+def written_bytes(result, states=0):
+    """The most that lies on disk while a result of `result` bytes is written: its parts, and
+    beside them the `states` of a training or, later, the one file that is made of them."""
+    return result + max(states, result if result <= SHARD_BYTES else 0)
+
+
 def part_of(l):
     """The file of an unfinished output that holds block l.
 
@@ -509,6 +515,18 @@ class TensorFolder:
         self.files[name] = {"sha256": sha256(self.path / name), "note": note}
         self.write_manifest()
 
+    def save_state(self, stem, step, tensors, note):
+        """`save` under a name of its own, then delete the state before it: one of the two is
+        whole whenever a run is killed."""
+        before = [name for name in self.files if name.startswith(f"{stem}.")]
+        self.save(f"{stem}.{step}.safetensors", tensors, note)
+        self.forget(before)
+
+    def latest(self, stem):
+        """(note, {key: tensor}) of the state that was saved last; None where none was."""
+        states = [name for name in self.files if name.startswith(f"{stem}.")]
+        return (self.files[states[-1]]["note"], self.load(states[-1])) if states else None
+
     def remember(self, note):
         """A note (JSON) of the whole, for the run that goes on."""
         self.note = note
@@ -560,9 +578,7 @@ class Writer:
                 self.put_back()
             self.check_target(out, overwrite)
             self.clear()
-            # The parts, then the one file that is made of them.
-            copied = need if need <= SHARD_BYTES else 0
-            check_space((self.partial, need + copied))
+            check_space((self.partial, need))
             self.hold = self.hold or Hold(self.partial)
             self.folder = TensorFolder(self.partial, (facts or {}) | {"kept": keep})
             for name in self.folder.files:
@@ -678,6 +694,7 @@ class Writer:
         return self
 
     def __exit__(self, *error):
+        self.put_back()                     # what an exception left moved aside
         if not (self.keep and self.folder.files):
             shutil.rmtree(self.partial, ignore_errors=True)
         self.leave()

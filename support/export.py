@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # from any folder
 from eval_ppl import last_states
 from model import to_logits
-from support.checkpoint import Checkpoint, Writer, part_of, result_bytes
+from support.checkpoint import Checkpoint, Writer, part_of, result_bytes, written_bytes
 from support.config import dense_config
 from support.progress import Progress
 from support.script import InputError, check_apart, run
@@ -103,7 +103,7 @@ def main():
     blocks = ckpt.cfg.n_layers
     progress = Progress()
 
-    with Writer(args.dense, need) as writer:
+    with Writer(args.dense, written_bytes(need)) as writer:
         progress.begin(blocks + 1)
         for l in range(blocks + 1):
             writer.add(part_of(l), multiply_out(ckpt, l))

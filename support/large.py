@@ -135,6 +135,10 @@ def from_first(value):
 
 
 # ------------------------------------------------------------ statistics
+# What a run writes into its folder of a spill.
+SPILLED = r"(input_\d+\.safetensors|manifest\.json)(\.partial)?"
+
+
 class Spill:
     """The dict {l: input of block l (N, T, dim)} of the sweeps, in a folder.
 
@@ -259,13 +263,18 @@ class Kept:
         return f"gradient_{l:03}.{self.signal}.safetensors"
 
     def clear_spills(self, world):
-        """Remove what killed runs of the same left that were another number of processes."""
+        """Remove what killed runs of the same left that were another number of processes; what
+        else lies in the folder is somebody's."""
         for path in Path(self.spill).glob("*of*"):
-            if path.name.partition("of")[2] != str(world):
-                try:
-                    Spill(path, self.inputs.folder.facts).remove()
-                except InputError:                      # of another run
-                    pass
+            of = re.fullmatch(r"\d+of(\d+)", path.name)
+            if not of or of[1] == str(world) or not path.is_dir():
+                continue
+            if not all(re.fullmatch(SPILLED, each.name) for each in path.iterdir()):
+                continue
+            try:
+                Spill(path, self.inputs.folder.facts).remove()
+            except InputError:                          # of another run
+                pass
 
     def clear_gradients(self):
         """Remove gradients that a killed run left above blocks that are all complete now."""

@@ -150,13 +150,14 @@ class Course:
         self.patience = options.get("patience", 0)      # of them without a better one; 0: any
         self.stored = stored
         self.folder = folder
-        self.name = f"{name}.safetensors"
+        self.name = name
         self.optimizer = torch.optim.AdamW(params.values(), weight_decay=0.0)
         self.step = 0
         self.log = []                           # [step, held-out loss]
         self.best = None                        # {name: tensor}
-        if folder and self.name in folder.files:
-            self.load()
+        found = folder.latest(name) if folder else None
+        if found:
+            self.load(*found)
 
     def update(self, share):
         """One step by the gradient that was added, at `share` of the peak rate."""
@@ -196,13 +197,12 @@ class Course:
     def save(self):
         tensors = training_tensors(self.params, self.optimizer)
         tensors |= {f"{key}:best": w for key, w in self.best.items()}
-        self.folder.save(self.name, tensors, {"step": self.step, "log": self.log})
+        note = {"step": self.step, "log": self.log}
+        self.folder.save_state(self.name, self.step, tensors, note)
 
-    def load(self):
-        note = self.folder.files[self.name]["note"]
+    def load(self, note, tensors):
         self.step = note["step"]
         self.log = note["log"]
-        tensors = self.folder.load(self.name)
         take_training(self.params, self.optimizer, tensors, self.step)
         self.best = {key: tensors[f"{key}:best"].clone() for key in self.params}
 

@@ -36,7 +36,8 @@ def write_peer(task, args, cost, blocks, changes=(), section=()):
     """Write what `blocks` yields, (l, {name: tensor}) of every block and, under the number
     after the last, of what belongs to none; then evaluate both.
 
-    cost: (FLOPs, bytes of the host's memory, of the device's). changes: of config.json;
+    cost: (FLOPs, bytes of the host's memory, of the device's, on disk as make_plan has them,
+    by default those of the dense model). changes: of config.json;
     section: what stands in it of the result, with the ranks of factors. Both are read once
     all blocks are there.
     """

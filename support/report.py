@@ -45,6 +45,12 @@ def layer_line(solved):
             f"{solved.seconds:6.2f} s")
 
 
+def repair_line(layer, shift):
+    """What is said of a layer's ΣXXᵀ that had no Cholesky factor."""
+    return (f"{layer}: ΣXXᵀ is not positive definite; {shift:.0e} of its own diagonal was added "
+            "to it")
+
+
 def finish(job, writer, seed):
     """Add what is not decomposed and the configuration, move all into place -> report."""
     report = {"ranks": {}, "loss": {}, "repairs": {}}

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from eval_ppl import bits_per_byte, evaluate, per_byte_line, warn_nonfinite, windows_line
-from support.checkpoint import Checkpoint, Writer, part_of, result_bytes
+from support.checkpoint import Checkpoint, Writer, part_of, result_bytes, written_bytes
 from support.config import MODELING, compressed_config, dense_config
 from support.large import machine_rates
 from support.learning import model_to_learn
@@ -35,13 +35,13 @@ class Plan(NamedTuple):
     """What a run takes."""
 
     line: str                   # said before it begins
-    need: float                 # bytes on disk
+    need: float                 # bytes on disk, at most
 
 
 def make_plan(task, flops, host, block, disk=None, less="fewer --samples take less"):
     """The Plan: `flops` in all, bytes of the `host`'s memory and of a `block` and what
-    belongs to it, on the device; `disk` {what: bytes}, by default a result of the same
-    shapes; `less`: what takes less of the host's memory. Raises InputError for what does not
+    belongs to it, on the device; `disk` {what: bytes}, the result first, by default of the
+    same shapes; `less`: what takes less of the host's memory. Raises InputError for what does not
     fit in memory."""
     disk = disk or {"result": result_bytes(task.ckpt, {})}
     if task.device.type == "cpu":
@@ -59,7 +59,8 @@ def make_plan(task, flops, host, block, disk=None, less="fewer --samples take le
     kept = ", ".join(f"{what} {size / 1e9:.2f} GB" for what, size in disk.items())
     line = (f"plan: about {flops / rate / 60:.1f} min, {host / 1e9:.2f} GB of memory{gpu}, "
             f"{kept} (measured: {rate / 1e9:,.0f} GFLOP/s)")
-    return Plan(line, sum(disk.values()))
+    result, *states = disk.values()
+    return Plan(line, written_bytes(result, sum(states)))
 
 
 # ------------------------------------------------------------ what is written

@@ -166,6 +166,24 @@ def check_writable(path):
         raise denied(path, "written")
 
 
+def check_results(path):
+    """check_writable for the file of --json, and InputError for one that is there and holds
+    something else than results, an input maybe, which would be lost."""
+    check_writable(path)
+    if path is None:
+        return
+    path = Path(path)
+    if not path.is_file() or not path.stat().st_size or stream_of(path):
+        return
+    try:
+        found = read_json(path)
+    except InputError:
+        found = {}
+    if not any(key.startswith("ppl") for key in found):
+        raise InputError(f"--json {path} is there and holds no results, which would replace it; "
+                         "name another file")
+
+
 class Hold:
     """A folder held against other runs until it is let go; a killed run lets go, too.
 
@@ -328,18 +346,25 @@ def is_file_of(stream, path):
         return False
 
 
+def stream_of(path):
+    """Which of stdout and stderr writes to the file `path`; None: neither."""
+    for stream in (sys.stdout, sys.stderr):
+        if path.exists() and is_file_of(stream, path):
+            return stream
+    return None
+
+
 def write_result(path, content):
     """Write to where a user says, /dev/stdout and its like too, which are not replaced, nor
     is the file that the shell has put in their place."""
     path = Path(path)
     content = content.encode() if isinstance(content, str) else content
-    for stream in (sys.stdout, sys.stderr):
-        if path.exists() and is_file_of(stream, path):
-            stream.flush()
-            stream.buffer.write(content)
-            stream.buffer.flush()
-            return
-    if path.exists() and not path.is_file():
+    stream = stream_of(path)
+    if stream:
+        stream.flush()
+        stream.buffer.write(content)
+        stream.buffer.flush()
+    elif path.exists() and not path.is_file():
         with open(path, "wb") as f:
             f.write(content)
     else:

@@ -1,4 +1,5 @@
 """What the files of enhance/ and peers/ begin with: their arguments, and what these ask for."""
+import itertools
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -6,9 +7,9 @@ from pathlib import Path
 import torch
 
 from calibrate import add_calibration_arguments, calibration_windows
-from eval_ppl import evaluation_windows
+from eval_ppl import evaluation
 from support.checkpoint import Checkpoint
-from support.script import (InputError, check_apart, check_seed, check_spared, check_writable,
+from support.script import (InputError, check_apart, check_results, check_seed, check_spared,
                             code_digest, parser, pick_device)
 from support.texts import digest, own_windows, with_defaults
 
@@ -117,6 +118,11 @@ class Task:
         return {"by": self.name, "checkpoint": self.ckpt.fingerprint(), "windows": windows,
                 "dtype": str(self.dtype), "code": code, "seed": self.seed, **self.options}
 
+    @property
+    def steps(self):
+        """Of a training by `batch` windows a step: `epochs` times through all of them."""
+        return self.options["epochs"] * -(-len(self.windows) // self.options["batch"])
+
     def calibration(self):
         """What a result says of it: text, windows learnt from and held out, their tokens."""
         N, T = self.windows.shape
@@ -148,13 +154,18 @@ def spare_windows(text, ckpt, windows, seed):
     """Further windows (M, T) of the text that `windows` (N, T) are of; None for an array that
     holds these alone.
 
-    Drawn by seed + 2: by `seed` the closed form was calibrated, maybe on more of them than
-    are learnt from, by seed + 1 its ranks were measured. Raises InputError.
+    Drawn by seed + 2 or, where what made `ckpt` has used that, the next: by its seed the
+    closed form was calibrated, maybe on more of them than are learnt from, by that + 1 its
+    ranks were measured. Raises InputError.
     """
     if own_windows(text, ckpt) is not None:
         return None
+    section = ckpt.raw.get("air", {})
+    before = [each.get("seed", seed) for each in (section, *section.get("enhanced", []))]
+    used = {number for each in before for number in (each, each + 1)}
+    free = next(number for number in itertools.count(seed + 2) if number not in used)
     count = SPARE * max(1, len(windows) // HELD)
-    return calibration_windows(text, ckpt, count, windows.shape[1], seed + 2)
+    return calibration_windows(text, ckpt, count, windows.shape[1], free)
 
 
 def split(windows, spare):
@@ -209,7 +220,7 @@ def prepare(name, args, options, instructions=None, folder="enhance"):
     instructions(path, ckpt, T or None) -> (N, T) reads --calib where that is a .json file.
     What is in `folder` enhance/ starts from a result, in peers/ from a dense checkpoint.
     """
-    check_writable(args.json)
+    check_results(args.json)
     for key, (least, most) in BOUNDS.items():
         if not least <= options.get(key, least) <= most:
             raise InputError(f"--{key.replace('_', '-')} is {options[key]}; expected {least:g} "
@@ -228,14 +239,12 @@ def prepare(name, args, options, instructions=None, folder="enhance"):
         raise InputError(f"--dtype is float16, in which gradients vanish; {name} expects "
                          "bfloat16 or float32")
     windows, held, calib, text, length = learnt_from(args, ckpt, instructions, learns)
-    evaluation = None
-    if text != "none":
-        evaluation = evaluation_windows(text, ckpt, length, args.windows)
+    evaluated = evaluation(text, ckpt, length, args)
     check_apart(args.out, json=args.json)
     given = vars(args)
     check_spared(args.out, **{key: given.get(key) for key in
                               ("ckpt", "dense", "teacher", "calib", "text")})
     if given.get("dense"):
         dense_of(ckpt, args.dense)              # where it is not read it is checked all the same
-    return Task(name, ckpt, options, calib, windows, held, text, evaluation, device, dtype,
+    return Task(name, ckpt, options, calib, windows, held, text, evaluated, device, dtype,
                 args.seed, args.out, folder)

@@ -281,6 +281,15 @@ def test_a_target_moved_aside_is_put_back(keep, shard_bytes, tiny, tmp_path, mon
     with pytest.raises(InputError, match="already exists"):
         Writer(out, 0, facts={}, keep=keep)
     assert Checkpoint(out).raw["air"] == {"value": 1}
+    def interrupted(source, target):
+        if Path(target) == out and Path(source).name != "old":
+            raise KeyboardInterrupt
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(2, overwrite=True)
+    monkeypatch.setattr(os, "replace", replace)
+    assert Checkpoint(out).raw["air"] == {"value": 1}
     write(3, overwrite=True)
     assert Checkpoint(out).raw["air"] == {"value": 3}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny"] and not (out / "old").exists()

@@ -32,7 +32,7 @@ from experiments import scale
 from experiments.stack import block_tensors
 from generate import Decoder, generate
 from model import LAYERS, Llama, LowRank, rope
-from support.checkpoint import Checkpoint, TensorFolder, Writer
+from support.checkpoint import Checkpoint, TensorFolder, Writer, written_bytes
 from support.config import parse_config
 from support.learning import Course, balance, learn, linear_at, own, rate_at, warm_up_of
 from support.even import EVEN, SHRINKS, clipped, even_scale, refit, rotate, smooth
@@ -153,6 +153,48 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(made, tmp_path, name):
     assert not (tmp_path / "o").exists() and not (tmp_path / "o.partial").exists()
 
 
+@pytest.mark.parametrize("name", ("enhance/quantize", "peers/slicegpt"))
+def test_windows_to_evaluate_on_bring_their_length(made, tmp_path, name):
+    """A 2-D array's own, within the model's context and what --seqlen says; of files of peers/, too."""
+    start = made[0] if name == "enhance/quantize" else ROOT / "demo"
+    vocab = Checkpoint(start).cfg.vocab
+    for shape, more, said in (((3, 600), (), "a window has 600 tokens"), ((3, 1), (), "a window has 1 tokens"),
+                              ((3, 20), ("--seqlen", 16), "--seqlen says 16"), ((3, 20), (), None)):
+        np.save(tmp_path / "w.npy", np.random.RandomState(0).randint(0, vocab, size=shape))
+        np.save(tmp_path / "ids.npy", np.random.RandomState(1).randint(0, vocab, size=1000))
+        done = in_process(name, "--ckpt", start, "--calib", tmp_path / "ids.npy", "--samples", 2, "--text",
+                          tmp_path / "w.npy", "--out", tmp_path / "o", *more)
+        if said is None:
+            assert done.returncode == 0 and "3 windows of 20" in done.stdout, done.stderr
+        else:
+            assert done.returncode == 2 and said in done.stderr and not (tmp_path / "o").exists(), done.stderr
+
+
+def test_results_replace_results_alone(made, tmp_path):
+    """--json onto what a run reads, or onto anything of somebody's, would lose it."""
+    small, dense, usual = made
+    shutil.copytree(small, tmp_path / "small")
+    shutil.copytree(dense, tmp_path / "dense")
+    shutil.copy(usual[1], tmp_path / "ids.npy")
+    (tmp_path / "rows.json").write_text("[]")
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
+    quantize = ("enhance/quantize", "--ckpt", tmp_path / "small", "--out", tmp_path / "o", "--text", "none")
+    commands = (quantize, ("air", "--ckpt", tmp_path / "dense", "--out", tmp_path / "o", "--text", "none"),
+                ("peers/slicegpt", "--ckpt", tmp_path / "dense", "--out", tmp_path / "o", "--text", "none"))
+    for path in ("ids.npy", "rows.json", "notes.json", "small/config.json", "dense/config.json",
+                 "dense/model.safetensors"):
+        before = (tmp_path / path).read_bytes()
+        for name, *more in (*commands, ("eval_ppl", "--ckpt", tmp_path / "small", "--text", tmp_path / "ids.npy")):
+            calib = () if name == "eval_ppl" else ("--calib", tmp_path / "ids.npy", *usual[2:])
+            done = in_process(name, *more, *calib, "--json", tmp_path / path)
+            assert done.returncode == 2 and "is there and holds no results" in done.stderr, (name, path, done.stderr)
+        assert (tmp_path / path).read_bytes() == before and not (tmp_path / "o").exists()
+    (tmp_path / "r.json").touch()                   # as mktemp leaves it
+    for _ in range(2):
+        done = in_process(*quantize, *usual, "--overwrite", "--json", tmp_path / "r.json")
+        assert done.returncode == 0 and json.loads((tmp_path / "r.json").read_text())["by"] == "quantize"
+
+
 def test_options_out_of_bounds_are_refused(made, tmp_path):
     small, dense, usual = made
     done = enhance("retrain", small, tmp_path / "o", *usual, "--teacher", dense, "--weight", "2")
@@ -215,32 +257,45 @@ def test_every_dense_model_that_is_named_is_held_against_the_result(made, tmp_pa
 
 
 def test_what_a_run_writes_on_the_way_is_asked_of_the_disk(made, tmp_path, monkeypatch):
-    """Training states are larger than the result, codes smaller."""
+    """Training states are larger than the result, codes smaller. Twice the result holds its parts and the one file."""
     small, _, usual = made
-    needs = {}
-    init = Writer.__init__
+    needs, taken, times = {}, [], []
+    init, save, whole = Writer.__init__, TensorFolder.save, Writer.assemble
 
     def watched(self, out, need, *more, **named):
-        needs[out] = need - 2**22
+        needs[out] = need
         init(self, out, need, *more, **named)
-    monkeypatch.setattr(Writer, "__init__", watched)
-    saved = {}
-    save = TensorFolder.save
+
+    def measured(folder):
+        taken.append(sum(path.stat().st_size for path in folder.rglob("*.safetensors*")))
 
     def noted(self, name, tensors, *more):
         save(self, name, tensors, *more)
-        saved[name] = sum(w.nbytes for w in tensors.values())
-    monkeypatch.setattr(TensorFolder, "save", noted)
-    for name, more in (("retrain", ("--epochs", 1)), ("lora", ("--epochs", 1)),
-                       ("quantize", ("--bits", 3, "--group", 16))):
-        saved.clear()
-        enhanced(name, small, tmp_path / name, *usual, *more)
-        size = sum(w.nbytes for w in load_file(tmp_path / name / "model.safetensors").values())
-        # The states of all stages, and the one that takes another's place.
-        states = [there for part, there in saved.items() if part.startswith("training")]
-        wanted = sum(states) + max(states, default=0)
-        # But for the number of steps beside every parameter.
-        assert 0.99 * (size + wanted) <= needs[str(tmp_path / name)] <= size + 1.3 * wanted + 200
+        times.extend([name] * name.startswith("training"))
+        measured(self.path)
+
+    def assembled(self):
+        target = whole(self)
+        measured(self.partial)
+        return target
+    for owner, name, function in ((Writer, "__init__", watched), (TensorFolder, "save", noted),
+                                  (Writer, "assemble", assembled)):
+        monkeypatch.setattr(owner, name, function)
+    room = 2**22                            # for config.json and manifest, with each copy
+    for name, more in (("retrain", ("--epochs", 2, "--batch", 3, "--every", 2)), ("quantize", ("--bits", 3)),
+                       ("lora", ("--epochs", 2, "--batch", 3, "--every", 4)), ("retrain", ("--epochs", 0))):
+        taken.clear()
+        times.clear()
+        done = enhance(name, small, tmp_path / "o", *usual, *more, "--overwrite")
+        assert done.returncode == 0, done.stderr
+        if name == "quantize":
+            assert max(taken) <= needs[str(tmp_path / "o")] <= 1.1 * max(taken) + 2 * room
+            continue
+        assert f"training states (written {len(times)} times)" in done.stderr
+        # The numbers of steps beside every parameter and the files' heads are what is not counted.
+        assert 0.8 * max(taken) <= needs[str(tmp_path / "o")] <= 1.3 * max(taken) + 2 * room
+    assert written_bytes(3e9) == 6e9 and written_bytes(3e9, 1e9) == 6e9 and written_bytes(3e9, 5e9) == 8e9
+    assert written_bytes(6e9) == 6e9 and written_bytes(6e9, 1e9) == 7e9         # shards are moved, not copied
 
 
 @pytest.mark.parametrize("name,more", (("refine", ("--epochs", 2)), ("retrain", ("--epochs", 2)), ("quantize", ()),
@@ -433,6 +488,13 @@ def test_held_out_windows_share_no_text_with_what_is_learnt_from(made, tmp_path)
     quiet = enhance("refine", small, tmp_path / "o", *usual, *args, "--overwrite", "--quiet")
     assert quiet.stderr.startswith("warning: every held-out window overlaps") and quiet.stderr.count("\n") == 1
     assert "every held-out window overlaps" in done.stderr and "16 + 2 held out" in done.stderr
+    # By no number that the start, or what enhanced it, has drawn windows by.
+    ckpt = Checkpoint(small)
+    for seeds, free in (([3], 5), ([5], 7), ([3, 5], 7), ([4, 3], 6), ([5, 7], 9), ([9], 5)):
+        first, *others = ({"seed": seed} for seed in seeds)
+        ckpt.raw = ckpt.raw | {"air": ckpt.raw["air"] | first | {"enhanced": others}}
+        spare = spare_windows(str(usual[1]), ckpt, torch.zeros(16, 16), 3)
+        assert torch.equal(spare, calibration_windows(str(usual[1]), ckpt, 8, 16, free)), seeds
     np.save(tmp_path / "long.npy", text.numpy().astype(np.int64))
     args = ("--calib", tmp_path / "long.npy", "--samples", "16", "--seqlen", "60", "--epochs", "1")
     done = enhance("refine", small, tmp_path / "p", *usual, *args)
@@ -519,8 +581,10 @@ def test_the_best_by_held_out_loss_is_kept_and_patience_ends_it():
     assert [loss for _, loss, _ in seen] == [9.0, 5.0, 6.0, 5.5] and w.item() == seen[1][2]
 
 
+@pytest.mark.parametrize("function,times", (("TensorFolder.save", 4), ("sha256", 4)))
 @pytest.mark.parametrize("name", ("retrain", "lora"))
-def test_training_goes_on_after_a_kill_bit_by_bit(made, tmp_path, name):
+def test_training_goes_on_after_a_kill_bit_by_bit(made, tmp_path, name, function, times):
+    """Killed once a state is saved, and while one is, when the file is there and not yet in the manifest."""
     small, _, usual = made
     more = (*usual, "--epochs", "4", "--batch", "3", "--every", "2", "--lr", "1e-2")
     enhanced(name, small, tmp_path / "whole", *more)
@@ -528,10 +592,10 @@ def test_training_goes_on_after_a_kill_bit_by_bit(made, tmp_path, name):
             != load_file(small / "model.safetensors")["model.layers.0.mlp.up_proj.V.weight"]).any()
     code = ("import sys; sys.argv = sys.argv[1:]; sys.path.insert(0, %r)\n"
             "import support.checkpoint as files\nfrom enhance import %s as file\n"
-            "save, left = files.TensorFolder.save, [4]\n"
-            "def once(self, *a):\n    save(self, *a)\n    left[0] -= 1\n"
-            "    if not left[0]:\n        import os; os._exit(9)\n"
-            "files.TensorFolder.save = once\nfile.main()") % (str(ROOT), name)
+            "called, left = files.%s, [%d]\n"
+            "def once(*a):\n    found = called(*a)\n    left[0] -= 'training' in str(a[:2])\n"
+            "    if not left[0]:\n        import os; os._exit(9)\n    return found\n"
+            "files.%s = once\nfile.main()") % (str(ROOT), name, function, times, function)
     killed = subprocess.run([sys.executable, "-c", code, f"{name}.py", "--ckpt", small, "--out", tmp_path / "parts",
                              "--text", "none", *map(str, more)], capture_output=True, text=True)
     assert killed.returncode == 9, killed.stderr

@@ -192,8 +192,18 @@ def test_a_spill_of_another_number_of_processes_is_cleared_up(job, tmp_path, mon
     path = tmp_path / "p" / "0of2" / "manifest.json"
     path.write_text(path.read_text().replace('"windows": "', '"windows": "other '))
     assert json.loads(path.read_text())["files"]
+    # Others' files, whatever they are called.
+    theirs = ("proofs/a.txt", "software/manifest.json", "3of4/thesis.tex", "1of3/input_000.safetensors.bak", "2of4")
+    for name in theirs:
+        (tmp_path / "p" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "p" / name).write_text("{}")
+    # A killed run of the same, which was about to be removed.
+    shutil.copytree(tmp_path / "p" / "1of4", tmp_path / "p" / "4of5")
+    (tmp_path / "p" / "4of5" / "manifest.json").unlink()
     assert finish(*job, *extra)[0] == 0
-    assert [path.name for path in (tmp_path / "p").iterdir()] == ["0of2"]
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == sorted(
+        {"0of2", *(name.split("/")[0] for name in theirs)})
+    assert all((tmp_path / "p" / name).read_text() == "{}" for name in theirs)
 
 
 def test_gradients_of_a_run_killed_at_its_end_are_cleared_up(job, tmp_path):
@@ -467,9 +477,13 @@ def test_processes_give_one_processs_result(job, tmp_path, world):
     )
     for command, name in ((AIR, "one"), (torchrun, "many")):
         code, out, err = finish(*job, "--dtype", "float32", "--out", tmp_path / name, "--stats", tmp_path / f"s_{name}",
-                                "--json", tmp_path / f"{name}.json", command=command)
+                                "--json", tmp_path / f"{name}.json", "--ridge", "0", command=command)
         assert code == 0, err
         assert out.count("parameters (") == 1
+        # Whichever process solved a block, what its ΣXXᵀ lacked is said.
+        repaired = json.loads((tmp_path / f"{name}.json").read_text())["repairs"]
+        assert all(err.count(f"{layer}: ΣXXᵀ is not positive definite") == 1 for layer in repaired)
+        assert err.count("not positive definite") == len(repaired) > 0
     for path in sorted((tmp_path / "s_one").glob("block*")):
         a, b = load_file(path), load_file(tmp_path / "s_many" / path.name)
         assert a.keys() == b.keys() and all(distance(b[key], a[key]) < 1e-6 for key in a)

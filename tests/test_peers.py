@@ -1,5 +1,6 @@
 """peers/: SliceGPT, BlockPruner and ACIP against identities and brute force."""
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -226,6 +227,9 @@ def test_the_commands_results_are_read_and_refused_where_they_should_be(
     assert in_process(f"peers/{name}", *arguments).returncode == 2
     done = in_process(f"peers/{name}", *arguments, "--overwrite", "--quiet")
     assert done.returncode == 0 and done.stderr == ""
+    # A half that is left out has no inputs to be looked at.
+    done = in_process("calibrate", "--ckpt", tmp_path / "out", "--calib", tmp_path / "ids.npy")
+    assert done.returncode == (2 if name == "blockpruner" else 0) and "Traceback" not in done.stderr
     for other in (f"peers/{name}", "air"):
         done = in_process(other, "--ckpt", str(tmp_path / "out"), "--out", str(tmp_path / "x"),
                       "--calib", str(tmp_path / "ids.npy"))
@@ -233,6 +237,24 @@ def test_the_commands_results_are_read_and_refused_where_they_should_be(
     done = in_process("enhance/refine", "--ckpt", str(tmp_path / "out"), "--out",
                   str(tmp_path / "x"), "--calib", str(tmp_path / "ids.npy"))
     assert done.returncode == 2 and "no low-rank layers" in done.stderr
+
+
+@pytest.mark.parametrize("slicing", ["0", "0.25"])
+def test_a_sliced_model_takes_the_disk_that_is_asked_for(tmp_path, dense, windows, slicing, monkeypatch):
+    """More than the dense one, where tables were tied or little is sliced: each block has two matrices more."""
+    np.save(tmp_path / "ids.npy", windows.numpy())
+    needs = []
+    init = Writer.__init__
+
+    def watched(self, out, need, *more):
+        needs.append(need)
+        init(self, out, need, *more)
+    monkeypatch.setattr(Writer, "__init__", watched)
+    done = in_process("peers/slicegpt", "--ckpt", dense.folder, "--calib", tmp_path / "ids.npy", "--slicing", slicing,
+                      "--out", tmp_path / "out", "--text", "none")
+    assert done.returncode == 0, done.stderr
+    size = Checkpoint(tmp_path / "out").parameters() * dense.dtype.itemsize
+    assert needs == [2 * (size + 2**22)]                # its parts and the one file, each with its config.json
 
 
 @pytest.mark.parametrize("name, option, said", [
@@ -389,7 +411,7 @@ def trained(ckpt, windows, folder, steps=None):
     return training
 
 
-def test_training_reaches_the_size_then_adapters_learn_alone_and_goes_on(tmp_path, tiny, windows):
+def test_training_reaches_the_size_then_adapters_learn_alone_and_goes_on(tmp_path, tiny, windows, monkeypatch):
     ckpt = Checkpoint(tiny)
     whole = trained(ckpt, windows, None)
     assert A.share_left(whole.bases, whole.p > 0) <= OPTIONS["stop"] < 1
@@ -402,9 +424,18 @@ def test_training_reaches_the_size_then_adapters_learn_alone_and_goes_on(tmp_pat
     # Nor do those that fell in one step go by their place.
     cuts = whole.cut_at[whole.cut_at > 0]
     assert len(cuts.unique()) > 0.9 * len(cuts) > len(cuts.ceil().unique())
-    # Left twice in the middle, it ends at the same numbers.
-    for steps in (1, 3, None):
-        parts = trained(ckpt, windows, TensorFolder(tmp_path / "map", {"a": 1}), steps)
+    # Left twice in the middle, and each time while the next state is written, it ends at the same numbers.
+    def folder():
+        return TensorFolder(tmp_path / "map", {"a": 1})
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+    for steps in (1, 3):
+        trained(ckpt, windows, folder(), steps)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(TensorFolder, "write_manifest", interrupted)
+            trained(ckpt, windows, folder())
+    parts = trained(ckpt, windows, folder())
     assert torch.equal(parts.p, whole.p) and torch.equal(parts.scores(), scores)
     for key, w in whole.params.items():
         assert torch.equal(w, parts.params[key]), key
@@ -426,18 +457,23 @@ def test_one_map_is_cut_to_any_rate_from_the_stop_up(tmp_path, tiny, windows):
                  "2", "--adapter-steps", "3"]
     done = script("peers/acip", *arguments, "--rate", "0.6", "--out", tmp_path / "a")
     assert done.returncode == 0, done.stderr
-    before = (tmp_path / "map" / "training.safetensors").stat().st_mtime_ns
+    state, = (tmp_path / "map").glob("training.*")
+    before = state.stat().st_mtime_ns
     done = in_process("peers/acip", *arguments, "--rate", "0.8", "--out", tmp_path / "b")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "map" / "training.safetensors").stat().st_mtime_ns == before
+    assert [each.stat().st_mtime_ns for each in (tmp_path / "map").glob("training.*")] == [before]
     small, large = (Checkpoint(tmp_path / name) for name in "ab")
     assert small.parameters() < large.parameters()
+    # Its adapter with it, no layer takes more than W would.
+    for ckpt in (small, large):
+        shapes = {layer: Checkpoint(tiny).tensors[f"{layer}.weight"].shape for layer in ckpt.cfg.ranks}
+        assert all(k * sum(shapes[layer]) < math.prod(shapes[layer]) for layer, k in ckpt.cfg.ranks.items())
     done = in_process("peers/acip", *arguments, "--rate", "0.3", "--out", tmp_path / "c")
     assert done.returncode == 2 and "train to less" in done.stderr
     # Without --map it lies beside the result, however that is written.
     usual = [each for each in arguments if each not in ("--map", tmp_path / "map")]
     done = in_process("peers/acip", *usual, "--rate", "0.6", "--out", f"{tmp_path / 'd'}/")
-    assert done.returncode == 0 and (tmp_path / "d.map" / "training.safetensors").exists()
+    assert done.returncode == 0 and len(list((tmp_path / "d.map").glob("training.*"))) == 1
     # Others' options are another map.
     done = in_process("peers/acip", *arguments, "--lr", "1e-3", "--rate", "0.6", "--out",
                   tmp_path / "c")
