@@ -283,7 +283,7 @@ def test_what_a_run_writes_on_the_way_is_asked_of_the_disk(made, tmp_path, monke
         monkeypatch.setattr(owner, name, function)
     room = 2**22                            # for config.json and manifest, with each copy
     for name, more in (("retrain", ("--epochs", 2, "--batch", 3, "--every", 2)), ("quantize", ("--bits", 3)),
-                       ("lora", ("--epochs", 2, "--batch", 3, "--every", 4)), ("retrain", ("--epochs", 0))):
+                       ("lora", ("--epochs", 2, "--batch", 3, "--every", 5)), ("retrain", ("--epochs", 0))):
         taken.clear()
         times.clear()
         done = enhance(name, small, tmp_path / "o", *usual, *more, "--overwrite")

@@ -193,7 +193,8 @@ def test_a_spill_of_another_number_of_processes_is_cleared_up(job, tmp_path, mon
     path.write_text(path.read_text().replace('"windows": "', '"windows": "other '))
     assert json.loads(path.read_text())["files"]
     # Others' files, whatever they are called.
-    theirs = ("proofs/a.txt", "software/manifest.json", "3of4/thesis.tex", "1of3/input_000.safetensors.bak", "2of4")
+    theirs = ("proofs/a.txt", "software/manifest.json", "leftof2/input_001.safetensors", "3of4/thesis.tex",
+              "1of3/input_000.safetensors.bak", "2of4")
     for name in theirs:
         (tmp_path / "p" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "p" / name).write_text("{}")
