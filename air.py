@@ -927,14 +927,6 @@ def solve_block(job, l, stats, progress):
     return part_of(l), tensors | job.ckpt.rest(l, note["ranks"]), note
 
 
-def add_parts(writer, parts, progress):
-    """Write blocks as `solve_block` returns them, of all processes; say what was repaired."""
-    for name, tensors, note in parts:
-        for layer, shift in note["repairs"].items():
-            progress.say(report.repair_line(layer, shift))
-        writer.add(name, tensors, note)
-
-
 def main():
     args = parse_arguments()
     progress = Progress(args.quiet).listen()
@@ -969,7 +961,7 @@ def main():
             watch.lap("statistics")
             part = None if l is None else solve_block(job, l, stats, progress)
             del stats
-            add_parts(writer, large.gather(part), progress)
+            report.add(writer, large.gather(part), progress)
             watch.lap("solve")
         large.end_processes()
         if not first:

@@ -10,6 +10,7 @@ Shapes: N windows, T tokens a window, n inputs of a layer.
 import io
 import math
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -171,6 +172,8 @@ def main():
                          "point --ckpt at the dense checkpoint")
     device, dtype, _ = pick_device(args.device, args.dtype)
     text, samples, seqlen = with_defaults(ckpt, args.calib, args.samples, args.seqlen)
+    if args.out and Path(args.out).resolve() == Path(text).resolve():
+        raise InputError(f"--out is {args.out}, the text that is read; name another file")
     windows = calibration_windows(text, ckpt, samples, seqlen, args.seed)
     print(f"{text}: {windows.shape[0]} windows of {windows.shape[1]} tokens, "
           f"sha256 {digest(windows)[:16]}")

@@ -307,7 +307,9 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     out = Path(args.out)
-    if (out / "model.safetensors").exists() and not (out / "train.pt").exists():
+    there = [path for pattern in ("*.safetensors*", "*.bin*", "config.json")
+             for path in out.glob(pattern)]
+    if there and not (out / "train.pt").exists():
         raise InputError(f"{out} holds a model that no killed run left; name another --out")
     out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"

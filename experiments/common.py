@@ -34,8 +34,8 @@ from support.progress import Progress, say
 from support.ranks import find_ranks, held_windows
 from support.report import repair_line
 from support.script import (ROOT, InputError, code_digest, finite, parser, pick_device,
-                            write_json, write_whole)
-from support.texts import digest, with_defaults
+                            read_json, write_json, write_whole)
+from support.texts import digest, own_windows, with_defaults
 
 CODE = (*SWEEPS, "air.py", "eval_ppl.py", "support/fast.py")        # what computes a cell
 
@@ -222,9 +222,16 @@ class Lab:
         self.results = Path(setup.results)
         for folder in (self.work, self.results):
             folder.mkdir(parents=True, exist_ok=True)
+        path = self.results / f"{script}-{self.ckpt.name}.json"
+        if path.exists() and read_json(path).get("fingerprint") not in (None, fingerprint):
+            raise InputError(f"{path} is of another model of this name; name another --results, "
+                             "or rename the checkpoint's folder")
         named = own_defaults(self.ckpt.raw).get("text", "wikitext2")
         self.calib = setup.calib or named
         resolved = self.resolve(self.calib, "train")
+        if len(self.seeds) > 1 and own_windows(resolved, self.ckpt) is not None:
+            raise InputError(f"{self.calib} holds its windows, the same at every seed; give "
+                             f"--seeds {self.seeds[0]}")
         _, self.samples, self.seqlen = with_defaults(
             self.ckpt, resolved, setup.samples, setup.seqlen)
         self.texts = {"text": setup.text or self.calib}

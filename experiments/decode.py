@@ -30,7 +30,7 @@ from experiments.table11 import machine, save, timed
 from generate import Decoder
 from support.config import dense_config, parse_config
 from support.fast import compiled
-from support.script import ROOT, InputError, check_writable, read_json, run
+from support.script import ROOT, InputError, check_results, read_json, run
 
 GGUF_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -296,7 +296,7 @@ def check_arguments(args):
             raise InputError(f"--dtypes has {dtype!r}; expected float32, bfloat16 or float16")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device is cuda, and there is no CUDA GPU here")
-    check_writable(args.out)
+    check_results(args.out, "rows")
 
 
 def versions():

@@ -40,7 +40,7 @@ def optimum(rate, ppl):
              if delta == best or compare(ppl[delta], ppl[best])[2] == "no difference"]
     return verdict(
         f"δ = 2 is the optimum (rate {rate:g}).",
-        True if best == 2 else every([gap], "no difference"),
+        every([gap], "no difference"),          # so is δ = 2 against itself
         f"lowest at δ = {best:g}, against which δ = 2 is {percent(gap)}; no different "
         f"from the lowest: {', '.join(alike)}.",
         "the best δ depends on how concentrated influence is and how many ranks there "

@@ -76,9 +76,11 @@ def measure(panels):
             name: variation(each.cells) for name, each in panels[row].items()}
     for row in ("weight", "activation"):
         influence = panels[f"{row} influence"]
-        measured["spearman"][row] = {
-            name: spearman(each.cells.flatten(), influence[name].cells.flatten())
-            for name, each in panels[row].items()}
+        measured["spearman"][row] = {}
+        for name, each in panels[row].items():
+            cells = influence[name].cells.flatten()
+            some = cells > 0            # in the last block, of the last token's alone
+            measured["spearman"][row][name] = spearman(each.cells.flatten()[some], cells[some])
     return measured
 
 

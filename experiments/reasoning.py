@@ -25,7 +25,7 @@ from support.checkpoint import Checkpoint
 from support.large import machine_rates
 from support.learning import check_finite
 from support.progress import Progress, duration, say, told
-from support.script import (InputError, check_writable, code_digest, free_bytes, parser,
+from support.script import (InputError, check_results, code_digest, free_bytes, parser,
                             pick_device, run, write_json)
 from support.tokenizer import Tokenizer
 
@@ -205,7 +205,7 @@ def main():
     Progress(args.quiet).listen()
     first = Checkpoint(args.ckpt[0])
     out = args.json or RESULTS / f"reasoning-{first.name}.json"
-    check_writable(out)
+    check_results(out, "splits")
     for path in args.ckpt:
         Checkpoint(path)
     rows, splits = read_rows(args)

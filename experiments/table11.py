@@ -35,7 +35,7 @@ from generate import Decoder, estimate, generate
 from model import Llama
 from support.config import parse_config
 from support.fast import Matrix
-from support.script import (ROOT, InputError, TooLarge, check_writable, free_bytes,
+from support.script import (ROOT, InputError, TooLarge, check_results, free_bytes,
                             pick_device, read_json, run, write_json)
 
 SWITCHES = ("o1", "o2", "o3", "fuse", "graph")
@@ -300,7 +300,7 @@ def target(args, table, common):
     if path.suffix == ".png":
         raise InputError(f"--out is {path}; expected the JSON's name, beside which the "
                          "picture lies")
-    check_writable(path)
+    check_results(path, "rows")
     return path
 
 
@@ -471,9 +471,10 @@ def main():
     args = p.parse_args()
     dense, compressed, common = setting(args)
     if args.bandwidth:
+        path = target(args, "table11-bandwidth", common)
         rows = bandwidth(dense, compressed, common, 5 * args.rounds)
         print(bandwidth_text(rows))
-        save(target(args, "table11-bandwidth", common), rows)
+        save(path, rows)
         return
     path = target(args, "table11", common)
     common = one_batch(args, common)

@@ -21,6 +21,7 @@ from peers import blockpruner, slicegpt
 from support.script import InputError, run
 from support.texts import digest
 
+CODE = ("experiments/table4.py", "experiments/stack.py")    # what a cell is besides made by
 RATES = (0.8, 0.6, 0.4)
 FORMS = {
     "AIR": {"method": "air"},
@@ -93,7 +94,7 @@ def closed(lab, form, seed, rate):
     def compute():
         return scored(lab, lab.compressed(job)[0])
     facts = {"job": job.key, "sized": True, "text": digest(lab.evaluation("text"))}
-    return lab.cell(facts, compute, what=f"{form}, {rate:g}, seed {seed}")
+    return lab.cell(facts, compute, *CODE, what=f"{form}, {rate:g}, seed {seed}")
 
 
 def row(name, rate, cells):
@@ -110,7 +111,8 @@ def peer(lab, name, seed, rates, by):
         compute = functools.partial(pruned, lab, seed, rates, by)
     facts = {"peer": name, "rates": rates, "calibration": digest(windows),
              "text": digest(lab.evaluation("text"))}
-    return lab.cell(facts, compute, f"peers/{name.lower()}.py", what=f"{name}, seed {seed}")
+    files = (*CODE, f"peers/{name.lower()}.py")
+    return lab.cell(facts, compute, *files, what=f"{name}, seed {seed}")
 
 
 def measure(lab, rates, by):

@@ -595,7 +595,8 @@ class Writer:
     def put_back(self):
         """Put a target in its place again that a run, killed then, had moved aside."""
         old = self.partial / "old"
-        if old.is_dir() and not self.out.exists():
+        ours = (self.partial / "manifest.json").exists()
+        if ours and old.is_dir() and not self.out.exists():
             os.replace(old, self.out)
 
     def clear(self):

@@ -142,10 +142,16 @@ SPILLED = r"(input_\d+\.safetensors|manifest\.json)(\.partial)?"
 class Spill:
     """The dict {l: input of block l (N, T, dim)} of the sweeps, in a folder.
 
-    A run that was killed finds it again.
+    A run that was killed finds it again. Raises InputError for a folder of somebody's, or of
+    another run.
     """
 
     def __init__(self, path, facts):
+        others = [each.name for each in Path(path).glob("*")
+                  if not re.fullmatch(SPILLED, each.name)]
+        if others:
+            raise InputError(f"{path} holds {min(others)}, which no run wrote, and is removed at "
+                             "the end; name another --spill")
         self.folder = TensorFolder(path, facts)
         self.folder.keep_others_out()
         self.blocks = {int(name.split("_")[1][:3]) for name in self.folder.files}
@@ -267,14 +273,11 @@ class Kept:
         else lies in the folder is somebody's."""
         for path in Path(self.spill).glob("*of*"):
             of = re.fullmatch(r"\d+of(\d+)", path.name)
-            if not of or of[1] == str(world) or not path.is_dir():
-                continue
-            if not all(re.fullmatch(SPILLED, each.name) for each in path.iterdir()):
-                continue
-            try:
-                Spill(path, self.inputs.folder.facts).remove()
-            except InputError:                          # of another run
-                pass
+            if of and of[1] != str(world):
+                try:
+                    Spill(path, self.inputs.folder.facts).remove()
+                except InputError:                      # of another run
+                    pass
 
     def clear_gradients(self):
         """Remove gradients that a killed run left above blocks that are all complete now."""

@@ -51,6 +51,14 @@ def repair_line(layer, shift):
             "to it")
 
 
+def add(writer, parts, progress):
+    """Write blocks as air.solve_block returns them, of all processes; say what was repaired."""
+    for name, tensors, note in parts:
+        for layer, shift in note["repairs"].items():
+            progress.say(repair_line(layer, shift))
+        writer.add(name, tensors, note)
+
+
 def finish(job, writer, seed):
     """Add what is not decomposed and the configuration, move all into place -> report."""
     report = {"ranks": {}, "loss": {}, "repairs": {}}

@@ -166,9 +166,10 @@ def check_writable(path):
         raise denied(path, "written")
 
 
-def check_results(path):
-    """check_writable for the file of --json, and InputError for one that is there and holds
-    something else than results, an input maybe, which would be lost."""
+def check_results(path, mark="ppl"):
+    """check_writable for a file of results, and InputError for one that is there and holds
+    something else, an input maybe, which would be lost. mark: what a key of results begins
+    with."""
     check_writable(path)
     if path is None:
         return
@@ -179,9 +180,9 @@ def check_results(path):
         found = read_json(path)
     except InputError:
         found = {}
-    if not any(key.startswith("ppl") for key in found):
-        raise InputError(f"--json {path} is there and holds no results, which would replace it; "
-                         "name another file")
+    if not any(key.startswith(mark) for key in found):
+        raise InputError(f"{path} is there and holds no results, which would replace it; name "
+                         "another file")
 
 
 class Hold:

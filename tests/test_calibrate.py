@@ -12,7 +12,7 @@ import torch
 import calibrate as C
 from eval_ppl import evaluation_windows
 from support import texts as T
-from conftest import ROOT, SHARED, distance, write_checkpoint
+from conftest import ROOT, SHARED, distance, in_process, write_checkpoint
 from model import LAYERS, READS
 from support.checkpoint import Checkpoint
 from support.script import InputError
@@ -49,6 +49,16 @@ def test_calibration_windows_follow_the_released_recipe(demo, tmp_path):
             expected.append(ids[:32])
     assert C.calibration_windows(str(tmp_path / "t.txt"), demo, 5, 32, 3).tolist() == expected
     assert C.calibration_windows(str(tmp_path / "t.txt"), demo, 5, 32, 4).tolist() != expected
+
+
+def test_the_text_is_not_replaced_by_its_windows(demo, tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(1000) % 50)
+    before = (tmp_path / "ids.npy").read_bytes()
+    (tmp_path / "link.npy").symlink_to(tmp_path / "ids.npy")
+    for out in ("ids.npy", "link.npy"):
+        done = in_process("calibrate", "--ckpt", demo.folder, "--calib", tmp_path / "ids.npy", "--out", tmp_path / out)
+        assert done.returncode == 2 and "the text that is read" in done.stderr
+    assert (tmp_path / "ids.npy").read_bytes() == before
 
 
 def test_evaluation_windows_are_disjoint_and_cover_the_text(demo, tmp_path):

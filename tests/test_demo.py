@@ -79,6 +79,12 @@ def test_another_runs_folder_is_refused(tmp_path, small):
     (tmp_path / "train.pt").unlink()
     with pytest.raises(InputError, match="name another --out"):
         small("--out", tmp_path, *COMMAND)
+    for name in ("config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin"):
+        (tmp_path / name[:3]).mkdir()
+        (tmp_path / name[:3] / name).write_text("mine")
+        with pytest.raises(InputError, match="name another --out"):
+            small("--out", tmp_path / name[:3], *COMMAND)
+        assert [path.read_text() for path in (tmp_path / name[:3]).iterdir()] == ["mine"]
     for words in (["--batch", "1000"], ["--tokens", "100"], ["--every", "0"], ["--keep", "many"]):
         with pytest.raises(InputError, match=f"{words[0]} "):
             small("--out", tmp_path / "new", *COMMAND, *words)

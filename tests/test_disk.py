@@ -293,6 +293,12 @@ def test_a_target_moved_aside_is_put_back(keep, shard_bytes, tiny, tmp_path, mon
     write(3, overwrite=True)
     assert Checkpoint(out).raw["air"] == {"value": 3}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny"] and not (out / "old").exists()
+    # What no run moved stays.
+    (tmp_path / "new.partial" / "old").mkdir(parents=True)
+    (tmp_path / "new.partial" / "old" / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="holds old, which no run wrote"):
+        Writer(tmp_path / "new", 0, facts={}, keep=keep)
+    assert (tmp_path / "new.partial" / "old" / "thesis.tex").exists()
 
 
 # ---- checkpoints as other trainings write them

@@ -205,6 +205,12 @@ def test_a_spill_of_another_number_of_processes_is_cleared_up(job, tmp_path, mon
     assert sorted(path.name for path in (tmp_path / "p").iterdir()) == sorted(
         {"0of2", *(name.split("/")[0] for name in theirs)})
     assert all((tmp_path / "p" / name).read_text() == "{}" for name in theirs)
+    # Nor is a folder of somebody's taken that has the name of this run's own.
+    (tmp_path / "p" / "0of1").mkdir()
+    (tmp_path / "p" / "0of1" / "thesis.tex").write_text("x")
+    code, _, err = finish(*job, *extra, "--overwrite")
+    assert code == 2 and "holds thesis.tex, which no run wrote" in err
+    assert (tmp_path / "p" / "0of1" / "thesis.tex").read_text() == "x"
 
 
 def test_gradients_of_a_run_killed_at_its_end_are_cleared_up(job, tmp_path):
@@ -464,27 +470,33 @@ def demo_job(tmp_path, monkeypatch):
 # ---- several processes
 
 
+def torchrun(world, path=ROOT / "air.py"):
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world), str(path))
+
+
+def test_what_any_process_repaired_is_said(job, tmp_path):
+    """The inputs of two blocks' o_proj are always zero; each is solved by another process, the first alone prints."""
+    shutil.copytree(job[1], tmp_path / "pruned")
+    state = load_file(tmp_path / "pruned" / "model.safetensors")
+    for l in (1, 2):
+        state[f"model.layers.{l}.self_attn.v_proj.weight"].zero_()
+    save_file(state, tmp_path / "pruned" / "model.safetensors")
+    code, _, err = finish(*job, "--ckpt", tmp_path / "pruned", "--out", tmp_path / "o", "--ridge", "0", "--json",
+                          tmp_path / "r.json", command=torchrun(2))
+    assert code == 0, err
+    repaired = json.loads((tmp_path / "r.json").read_text())["repairs"]
+    assert len(repaired) == err.count("is not positive definite") == 2
+    assert all(f"{layer}: ΣXXᵀ is not positive definite" in err for layer in repaired)
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_give_one_processs_result(job, tmp_path, world):
     """7 windows and 5 blocks divide evenly by neither; sums agree to 1e-6, and so do the factors' products."""
-    torchrun = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(world),
-        str(ROOT / "air.py"),
-    )
-    for command, name in ((AIR, "one"), (torchrun, "many")):
+    for command, name in ((AIR, "one"), (torchrun(world), "many")):
         code, out, err = finish(*job, "--dtype", "float32", "--out", tmp_path / name, "--stats", tmp_path / f"s_{name}",
-                                "--json", tmp_path / f"{name}.json", "--ridge", "0", command=command)
+                                "--json", tmp_path / f"{name}.json", command=command)
         assert code == 0, err
         assert out.count("parameters (") == 1
-        # Whichever process solved a block, what its ΣXXᵀ lacked is said.
-        repaired = json.loads((tmp_path / f"{name}.json").read_text())["repairs"]
-        assert all(err.count(f"{layer}: ΣXXᵀ is not positive definite") == 1 for layer in repaired)
-        assert err.count("not positive definite") == len(repaired) > 0
     for path in sorted((tmp_path / "s_one").glob("block*")):
         a, b = load_file(path), load_file(tmp_path / "s_many" / path.name)
         assert a.keys() == b.keys() and all(distance(b[key], a[key]) < 1e-6 for key in a)
@@ -502,8 +514,7 @@ def test_several_processes_go_on_where_one_was_killed(job, tmp_path, monkeypatch
     extra = ["--out", tmp_path / "out", "--stats", tmp_path / "s", "--quiet"]
     stopped(monkeypatch, job, extra, 6)
     assert list((tmp_path / "s").glob("gradient*"))
-    code, _, err = finish(*job, *extra[:-1], command=(
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "air.py")))
+    code, _, err = finish(*job, *extra[:-1], command=torchrun(2))
     assert code == 0 and "going on: 1 of 5 blocks" in err, err
     assert finish(*job, "--out", tmp_path / "one")[0] == 0 and not list((tmp_path / "s").glob("gradient*"))
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "out"))
@@ -521,13 +532,11 @@ def test_one_process_dying_ends_all(job, tmp_path):
                        "def broken(*a, **k): raise OSError(5, 'Input/output error')\n"
                        "if os.environ['RANK'] == '1': air.solve_block = broken\n"
                        "air.run(air.main)\n")
-    code, _, err = finish(*job, "--out", tmp_path / "out", command=(
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(wrapper)))
+    code, _, err = finish(*job, "--out", tmp_path / "out", command=torchrun(2, wrapper))
     assert code != 0 and "Input/output error" in err and not (tmp_path / "out").exists()
 
 
 def test_fewer_windows_than_processes(job, tmp_path):
     np.save(tmp_path / "w.npy", np.zeros((1, 24), dtype=np.int64))
-    code, _, err = finish(*job, "--out", tmp_path / "out", command=(
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "air.py")))
+    code, _, err = finish(*job, "--out", tmp_path / "out", command=torchrun(2))
     assert code != 0 and "1 windows cannot be divided among 2 processes" in err and not (tmp_path / "out").exists()

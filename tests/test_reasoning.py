@@ -313,6 +313,13 @@ def test_one_row_of_a_task_without_acc_norm_is_told_quietly(tmp_path):
                       "winogrande", "--limit", "1", "--quiet")
     assert done.returncode == 0 and done.stderr == ""
     assert "+0.0 |" in done.stdout and "±" not in done.stdout and "acc_norm" not in done.stdout
+    # Results replace results alone, no task.
+    shutil.copytree(GOLDEN / "flat", tmp_path / "tasks")
+    task = next((tmp_path / "tasks").iterdir())
+    before = task.read_bytes()
+    done = in_process("experiments/reasoning", "--ckpt", str(ROOT / "demo"), "--data", str(tmp_path / "tasks"),
+                      "--work", str(tmp_path), "--json", str(task))
+    assert done.returncode == 2 and "holds no results" in done.stderr and task.read_bytes() == before
     kept, = tmp_path.glob("*.jsonl")
     assert torch.__version__ in kept.name and "float32-cpu" in kept.name
 

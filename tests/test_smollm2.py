@@ -161,6 +161,12 @@ def test_articles_are_divided_in_turn(tmp_path):
     write_halves(tmp_path / "w.raw", tmp_path / "data")
     assert (tmp_path / "data" / "odd.raw").read_text() == " = B = \n b \n"
     assert (tmp_path / "data" / "even.raw").read_text().count(" = C's = ") == 1
+    write_halves(tmp_path / "w.raw", tmp_path / "data")             # once more: the same
+    (tmp_path / "data" / "even.raw").write_text("mine")
+    with pytest.raises(InputError, match="is no half of"):
+        write_halves(tmp_path / "w.raw", tmp_path / "data")
+    assert (tmp_path / "data" / "even.raw").read_text() == "mine"
+    (tmp_path / "data" / "even.raw").write_text(" = A = ")
     (tmp_path / "none.txt").write_text("no title")
     # Halves of a half would replace it.
     for name in ("odd.raw", "even.raw"):
