@@ -339,19 +339,14 @@ def write_whole(path, content):
     os.replace(partial, path)
 
 
-def is_file_of(stream, path):
-    """Does what is printed to a stream go to the file `path`?"""
-    try:
-        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
-    except (OSError, ValueError, AttributeError):           # it has no file, or is closed
-        return False
-
-
 def stream_of(path):
     """Which of stdout and stderr writes to the file `path`; None: neither."""
     for stream in (sys.stdout, sys.stderr):
-        if path.exists() and is_file_of(stream, path):
-            return stream
+        try:
+            if os.path.samestat(os.fstat(stream.fileno()), path.stat()):
+                return stream
+        except (OSError, ValueError, AttributeError):       # one has no file, or is closed
+            pass
     return None
 
 

@@ -32,7 +32,8 @@ from experiments import scale
 from experiments.stack import block_tensors
 from generate import Decoder, generate
 from model import LAYERS, Llama, LowRank, rope
-from support.checkpoint import Checkpoint, TensorFolder, Writer, written_bytes
+from support import result as shared
+from support.checkpoint import Checkpoint, TensorFolder, Writer, result_bytes, written_bytes
 from support.config import parse_config
 from support.learning import Course, balance, learn, linear_at, own, rate_at, warm_up_of
 from support.even import EVEN, SHRINKS, clipped, even_scale, refit, rotate, smooth
@@ -267,7 +268,8 @@ def test_what_a_run_writes_on_the_way_is_asked_of_the_disk(made, tmp_path, monke
         init(self, out, need, *more, **named)
 
     def measured(folder):
-        taken.append(sum(path.stat().st_size for path in folder.rglob("*.safetensors*")))
+        files = folder.rglob("*.safetensors")
+        taken.append(sum(w.nbytes for path in files for w in load_file(path).values()))
 
     def noted(self, name, tensors, *more):
         save(self, name, tensors, *more)
@@ -281,19 +283,19 @@ def test_what_a_run_writes_on_the_way_is_asked_of_the_disk(made, tmp_path, monke
     for owner, name, function in ((Writer, "__init__", watched), (TensorFolder, "save", noted),
                                   (Writer, "assemble", assembled)):
         monkeypatch.setattr(owner, name, function)
-    room = 2**22                            # for config.json and manifest, with each copy
+    # Without the room for config.json, manifest and the files' heads: more than all of these tiny ones.
+    for file in (shared, retrain_file, quantize_file):
+        monkeypatch.setattr(file, "result_bytes", lambda *a: result_bytes(*a) - 2**22)
     for name, more in (("retrain", ("--epochs", 2, "--batch", 3, "--every", 2)), ("quantize", ("--bits", 3)),
                        ("lora", ("--epochs", 2, "--batch", 3, "--every", 5)), ("retrain", ("--epochs", 0))):
         taken.clear()
         times.clear()
         done = enhance(name, small, tmp_path / "o", *usual, *more, "--overwrite")
         assert done.returncode == 0, done.stderr
-        if name == "quantize":
-            assert max(taken) <= needs[str(tmp_path / "o")] <= 1.1 * max(taken) + 2 * room
-            continue
-        assert f"training states (written {len(times)} times)" in done.stderr
-        # The numbers of steps beside every parameter and the files' heads are what is not counted.
-        assert 0.8 * max(taken) <= needs[str(tmp_path / "o")] <= 1.3 * max(taken) + 2 * room
+        assert name == "quantize" or f"training states (written {len(times)} times)" in done.stderr
+        # But for the number of steps beside every parameter; a state of no step has no moments.
+        most = math.inf if 0 in more else 1.3 * max(taken)
+        assert 0.99 * max(taken) <= needs[str(tmp_path / "o")] <= most
     assert written_bytes(3e9) == 6e9 and written_bytes(3e9, 1e9) == 6e9 and written_bytes(3e9, 5e9) == 8e9
     assert written_bytes(6e9) == 6e9 and written_bytes(6e9, 1e9) == 7e9         # shards are moved, not copied
 
