@@ -164,6 +164,8 @@ def main():
     add_calibration_arguments(p)
     p.add_argument("--out", help="write the windows (N, T) to this .npy file")
     args = p.parse_args()
+    if args.out and not is_array(args.out):
+        raise InputError(f"--out is {args.out}; expected the name of a .npy file")
     check_writable(args.out)
     Progress(args.quiet).listen()
     ckpt = Checkpoint(args.ckpt)

@@ -52,6 +52,7 @@ def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
         probs = probs / probs.sum(-1, keepdim=True)
     if top_p < 1:
         before = probs.cumsum(-1) - probs
+        before[..., 0] = -1                    # the likeliest stays, whatever top_p is
         probs = probs * (before < top_p)       # drop what begins at or beyond the nucleus
     probs = probs / probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter_(-1, order, probs)
@@ -600,8 +601,6 @@ def check_arguments(args):
             raise InputError(f"{option} is {value}; expected {expected}")
     if args.compile and "o3" in args.off:
         raise InputError("--compile needs o3, a cache that stays in place; leave one out")
-    if not args.prompt:
-        raise InputError("the prompt is empty; expected some text")
     if args.system is not None and not args.chat:
         raise InputError("--system is part of a chat template; add --chat")
 

@@ -5,7 +5,6 @@
 The text is the source of its standard library. The checkpoint kept is the one with the lowest
 perplexity on the held-out files; nothing else decides. A killed run goes on where it was.
 """
-import argparse
 import io
 import json
 import math
@@ -28,7 +27,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import PLAIN, Llama, attention
 from support.config import parse_config
-from support.script import InputError, run, write_whole
+from support.script import InputError, Parser, check_seed, run, write_whole
 from support.texts import digest, stdlib_rows
 
 CONFIG = {
@@ -58,6 +57,8 @@ WARMUP = 100                        # steps
 LAST_RATE = 0.1                     # of the peak, where the cosine ends, as LLaMA's does
 LENGTHS = (256, 512)                # of windows; of 512 for the last tenth of the steps
 EVERY = 50                          # steps between saved states
+# What a folder may not hold unless a killed run's state lies there.
+OTHERS = ("*.safetensors*", "*.bin*", "*.pt", "*.pth", "config.json", "train.json")
 
 
 # ------------------------------------------------------------ operations
@@ -86,9 +87,9 @@ def regularised(device, share):
 
 
 # ------------------------------------------------------------ text
-def train_tokenizer(rows, out):
+def train_tokenizer(rows, path):
     """SentencePiece BPE with LLaMA's settings (byte fallback, split digits, no normalisation),
-    2,048 pieces."""
+    2,048 pieces, written to `path`. Raises InputError where another one is there."""
     lines = (line for row in rows for line in row.split("\n") if line.strip())
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -97,8 +98,9 @@ def train_tokenizer(rows, out):
         normalization_rule_name="identity", remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True, max_sentence_length=100_000, num_threads=2,
         minloglevel=2)
-    write_whole(out / "tokenizer.model", model.getvalue())
-    return sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    if path.exists() and path.read_bytes() != model.getvalue():
+        raise InputError(f"{path} is another text's; name another --out")
+    write_whole(path, model.getvalue())
 
 
 @dataclass
@@ -115,10 +117,9 @@ def read_text(out, device):
     """Train the tokenizer, too, where a run that was killed has not."""
     train, test = (stdlib_rows(split) for split in ("train", "test"))
     trained = out / "tokenizer.model"
-    if (out / "train.pt").exists():
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(trained))
-    else:
-        tokenizer = train_tokenizer(train, out)
+    if not (out / "train.pt").exists():
+        train_tokenizer(train, trained)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(trained))
     bos = tokenizer.bos_id()
     eos = tokenizer.eos_id()
     ids = np.concatenate([[bos, *tokenizer.encode(row), eos] for row in train])
@@ -215,6 +216,11 @@ def save(model, out):
     write_whole(out / "config.json", json.dumps(CONFIG, indent=1) + "\n")
 
 
+def named(args):
+    """{argument: value} of what decides a run: not of where it is written."""
+    return vars(args) | {"out": None}
+
+
 @dataclass
 class Training:
     """What a killed run needs to go on; in OUT/train.pt."""
@@ -234,15 +240,20 @@ class Training:
                  "optimizers": [each.state_dict() for each in self.optimizers],
                  "seconds": self.seconds, "random": torch.get_rng_state(),
                  "random on GPUs": torch.cuda.get_rng_state_all(),
-                 "arguments": vars(args), "text": digest(text.stream)}
+                 "arguments": named(args), "text": digest(text.stream)}
         torch.save(state, f"{path}.partial")
         os.replace(f"{path}.partial", path)
 
     def load(self, path, args, text):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["arguments"] != vars(args):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            arguments = state["arguments"]
+        except Exception:
+            raise InputError(f"{path} is not what a killed run left; name another "
+                             "--out") from None
+        if arguments != named(args):
             raise InputError(f"{path} is of a run with other arguments, "
-                             f"{state['arguments']}; expected the same, or another --out")
+                             f"{arguments}; expected the same, or another --out")
         if state["text"] != digest(text.stream):
             raise InputError(f"{path} is of a run on another text, as another Python's library "
                              "is; expected the same Python, or another --out")
@@ -257,7 +268,7 @@ class Training:
 def write_log(out, args, text, training):
     """train.json: with what and on what it was trained, and every evaluation."""
     facts = {
-        "arguments": vars(args) | {"out": None},
+        "arguments": named(args),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": text.held_out.device.type,
@@ -274,8 +285,7 @@ def write_log(out, args, text, training):
 
 
 def parse_arguments():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("--out", required=True,
                    help="folder for model.safetensors, config.json, tokenizer.model")
     p.add_argument("--tokens", type=float, default=32e6,
@@ -293,23 +303,47 @@ def parse_arguments():
                    "(default: bfloat16 on a GPU, else float32)")
     p.add_argument("--compile", action="store_true",
                    help="compile the model (needs a C++ compiler on a CPU)")
-    args = p.parse_args()
-    if args.batch < MICRO_BATCH or args.batch % MICRO_BATCH:
-        raise InputError(f"--batch is {args.batch}; expected {MICRO_BATCH}, or a multiple of it")
-    if not args.batch <= args.tokens < math.inf or args.every < 1:
-        raise InputError(f"--tokens is {args.tokens} and --every {args.every}; expected a "
-                         "--batch or more, and 1 or more")
-    if not re.fullmatch(r"([\d.]+(e\d+)?(,|$))*", args.keep):
-        raise InputError(f"--keep is {args.keep}; expected numbers of tokens such as 2e6,4e6")
-    return args
+    return p.parse_args()
+
+
+def check_arguments(args):
+    """Raise InputError for an option out of its range."""
+    check_seed(args.seed)
+    batch, tokens = args.batch, args.tokens
+    ranges = {          # option: (value, whether it may be, what is expected)
+        "--batch": (batch, batch > 0 and batch % MICRO_BATCH == 0, f"a multiple of {MICRO_BATCH}"),
+        "--tokens": (tokens, batch <= tokens < math.inf, "a --batch or more"),
+        "--every": (args.every, args.every > 0, "1 or more"),
+        "--lr": (args.lr, 0 < args.lr < math.inf, "a number above 0"),
+        "--weight-decay": (args.weight_decay, 0 <= args.weight_decay < math.inf, "0 or more"),
+        "--dropout": (args.dropout, 0 <= args.dropout < 1, "0 or more, below 1"),
+    }
+    for option, (value, allowed, expected) in ranges.items():
+        if not allowed:
+            raise InputError(f"{option} is {value}; expected {expected}")
+
+
+def steps_to_keep(args):
+    """{step: folder's name} of --keep. Raises InputError."""
+    found = {}
+    for text in args.keep.split(",") if args.keep else ():
+        if not re.fullmatch(r"\d+(\.\d+)?(e\d)?", text):
+            raise InputError(f"--keep is {args.keep}; expected numbers of tokens such as 2e6,4e6")
+        if not args.batch <= float(text) <= args.tokens:
+            raise InputError(f"--keep has {text}; expected a --batch, {args.batch}, or more, at "
+                             f"most --tokens, {args.tokens:g}")
+        found[int(float(text) / args.batch)] = f"{float(text) / 1e6:g}M"
+    return found
 
 
 def main():
     args = parse_arguments()
+    check_arguments(args)
+    keep = steps_to_keep(args)
     out = Path(args.out)
-    there = [path for pattern in ("*.safetensors*", "*.bin*", "config.json")
-             for path in out.glob(pattern)]
-    if there and not (out / "train.pt").exists():
+    killed = (out / "train.pt").exists()
+    there = [path for pattern in OTHERS for path in out.glob(pattern)]
+    if there and not killed:
         raise InputError(f"{out} holds a model that no killed run left; name another --out")
     out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -321,9 +355,11 @@ def main():
 
     model = new_model(device)
     training = Training(model, optimizers_of(model, args))
-    if (out / "train.pt").exists():
+    if killed:
         training.load(out / "train.pt", args, text)
         print(f"going on after step {training.step}", flush=True)
+    else:
+        training.save(out / "train.pt", args, text)         # from here on all in `out` is ours
     compiled = torch.compile(model, dynamic=False) if args.compile else model
     ops = regularised(device, args.dropout)
 
@@ -332,8 +368,6 @@ def main():
             return compiled(ids, ops)
 
     steps = int(args.tokens / args.batch)
-    keep = {int(float(at) / args.batch): f"{float(at) / 1e6:g}M"
-            for at in args.keep.split(",") if at}
     start = time.time() - training.seconds
     while training.step < steps:
         training.step += 1

@@ -4,10 +4,10 @@
     python enhance/lora.py --ckpt RESULT --calib alpaca.json --out FOLDER
 
 Everything else is frozen. On windows of a text, or on instructions: a .json list of
-"instruction", "input" and "output" in Alpaca's template, whose prompts carry no loss. The
-recipe is SVD-LLM's (Wang et al., 2025): rank 8, α 16, dropout 0.05, AdamW 1e-4, 100 warm-up
-steps, then linearly to 0, batches of 64, at most 256 tokens; the demo's few windows want
-smaller batches. The adapters of least held-out loss are merged. A killed run goes on.
+"instruction", "input" and "output" in Alpaca's template, whose prompts carry no loss (all rows;
+--text is then the checkpoint's). The recipe is SVD-LLM's (Wang et al., 2025): rank 8, α 16,
+dropout 0.05, AdamW 1e-4, 100 warm-up steps, then linearly to 0, batches of 64, 256 tokens of a
+row. The adapters of least held-out loss are merged. A killed run goes on.
 
 Shapes: B windows, T tokens; an adapter of rank r on a factor (m, n): A (r, n), B (m, r).
 """

@@ -7,7 +7,6 @@ it; the golden logits of the transformers package are in tests/golden. Writes
 experiments/results/agreement.json: the largest distance over all layers, relative in
 Frobenius norm, of logits absolute.
 """
-import argparse
 import json
 import subprocess
 import sys
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import distance, write_checkpoint
 from model import LAYERS, READS
 from support.checkpoint import Checkpoint
-from support.script import ROOT, InputError, run, write_json
+from support.script import ROOT, InputError, Parser, run, write_json
 
 RUNS = {        # name in official.npz, or here alone: options of air.py
     "air_unit": (),
@@ -88,8 +87,7 @@ def distances(folder):
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("folder", metavar="FOLDER", type=Path)
     folder = p.parse_args().folder
     if not (folder / "official.npz").is_file():

@@ -4,14 +4,13 @@
 
 From the JSON in experiments/results; nothing is measured.
 """
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.report import MODELS, RESULTS, refresh, table
-from support.script import run
+from support.script import Parser, run
 
 MODEL = "--ckpt FOLDER"
 # {of the paper: (what it shows, script, arguments, name of its results where that is not the
@@ -82,8 +81,7 @@ def contents(results):
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.parse_args()
     text = contents(RESULTS)
     refresh("contents", text)

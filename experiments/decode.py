@@ -10,7 +10,6 @@ quartiles over the rounds, ratios are taken round by round. transformers (its `g
 and llama.cpp (the package llama-cpp-python) join in where they are installed, with the same
 dense weights. Writes experiments/results/decode-SHAPE-DEVICE.json (--out: another name).
 """
-import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -30,7 +29,7 @@ from experiments.table11 import machine, save, timed
 from generate import Decoder
 from support.config import dense_config, parse_config
 from support.fast import compiled
-from support.script import ROOT, InputError, check_results, read_json, run
+from support.script import ROOT, InputError, Parser, check_results, read_json, run
 
 GGUF_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -259,8 +258,7 @@ def markdown(rows):
 
 # ------------------------------------------------------------ the command
 def parse_arguments():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("--shape", choices=SHAPES, default="demo")
     p.add_argument("--ckpt", help="a checkpoint's folder: its shape instead of --shape, and of "
                    "a result of air.py its ranks instead of uniform ones at --rate")

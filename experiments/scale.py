@@ -12,7 +12,6 @@
 Random weights of the model's real shape, fp16 on disk: 13.5 GB for LLaMA-7B's, in --folder;
 they are removed afterwards. Writes experiments/results/scale.json.
 """
-import argparse
 import json
 import math
 import os
@@ -40,7 +39,7 @@ from support.checkpoint import Checkpoint
 from support.config import parse_config
 from support.large import costs, machine_rates
 from support.result import device_bytes, weights_of
-from support.script import ROOT, InputError, check_space, read_json, run, write_json
+from support.script import ROOT, InputError, Parser, check_space, read_json, run, write_json
 
 
 # ------------------------------------------------------------ a whole run
@@ -313,8 +312,7 @@ def default_device():
 
 
 def parse_arguments():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("what", nargs="?", choices=("run", "solve", "refine"), default="run")
     p.add_argument("--shape", choices=tuple(SHAPES), default="llama-7b")
     p.add_argument("--blocks", type=int, nargs="+",

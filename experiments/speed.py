@@ -5,7 +5,6 @@
 
 Medians are printed, raw numbers kept in experiments/results/speed.json.
 """
-import argparse
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from model import Llama
 from support import fast
 from support.checkpoint import Checkpoint
 from support.config import parse_config
-from support.script import ROOT, InputError, read_json, run, write_json
+from support.script import ROOT, InputError, Parser, read_json, run, write_json
 
 CPU = torch.device("cpu")
 
@@ -251,8 +250,7 @@ def main():
     machine = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(),
                "torch": torch.__version__, "threads": torch.get_num_threads(),
                "cores": os.cpu_count(), "machine": platform.machine()}
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)")
     asked = p.parse_args().parts
     unknown = [name for name in asked if name not in parts]

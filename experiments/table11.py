@@ -15,7 +15,6 @@ of allocated bytes; on a CPU the highest resident set less mapped files and less
 process held before the model, so it includes what malloc keeps.
 Writes experiments/results/table11-SHAPE-DEVICE-DTYPE.json (--out: another name).
 """
-import argparse
 import gc
 import json
 import math
@@ -35,7 +34,7 @@ from generate import Decoder, estimate, generate
 from model import Llama
 from support.config import parse_config
 from support.fast import Matrix
-from support.script import (ROOT, InputError, TooLarge, check_results, free_bytes,
+from support.script import (ROOT, InputError, Parser, TooLarge, check_results, free_bytes,
                             pick_device, read_json, run, write_json)
 
 SWITCHES = ("o1", "o2", "o3", "fuse", "graph")
@@ -239,8 +238,7 @@ def run_rows(specs):
 
 # ------------------------------------------------------------ shared by table9 and fig4
 def arguments(doc):
-    p = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(doc)
     p.add_argument("--shape", choices=SHAPES,
                    help="default: llama-7b on a GPU, demo on a CPU")
     p.add_argument("--ckpt", help="a compressed checkpoint: its shape and its ranks instead "

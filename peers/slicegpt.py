@@ -5,8 +5,8 @@
 RMSNorm(xQ) = RMSNorm(x)Q for orthogonal Q, so the stream before each half-block may be turned
 by a matrix of its own: weights that read it absorb Q, weights that write to it the Q of the
 next half, and what passes beside the half is turned from one to the other. Q has the
-eigenvectors of the stream's Σxᵀx; all but the first s are deleted. Source: SliceGPT (Ashkboos
-et al., 2024).
+eigenvectors of the stream's Σxᵀx; all but the first s are deleted. It computes in fp32, whatever
+--dtype evaluates in. Source: SliceGPT (Ashkboos et al., 2024).
 
 Shapes: N windows, T tokens a window, d the width of the stream, s of the sliced one.
 """
@@ -188,7 +188,7 @@ def main():
     disk = {"result": parameters(cfg, s) * task.ckpt.dtype.itemsize + 2**22}
     cost = flops, 4 * tokens * cfg.dim, 8 * weights_of(task.ckpt, 0), disk
     write_peer(task, args, cost, blocks, sliced_config(task.ckpt, s),
-               {"turned": True, "width": s})
+               {"turned": True, "width": s, "dtype": "float32"})
 
 
 if __name__ == "__main__":

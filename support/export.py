@@ -6,7 +6,6 @@ llama.cpp, TensorRT-LLM and whatever else reads the source's architecture loads 
 as large as the source was, so nothing is saved, and each product is rounded to the
 checkpoint's dtype: how far that moves the logits is printed.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from model import to_logits
 from support.checkpoint import Checkpoint, Writer, part_of, result_bytes, written_bytes
 from support.config import dense_config
 from support.progress import Progress
-from support.script import InputError, check_apart, run
+from support.script import InputError, Parser, check_apart, run
 
 WINDOWS = 4, 128        # random token ids on which both models are compared
 
@@ -79,7 +78,9 @@ def check(path, out):
     """The Checkpoint at `path`; InputError unless it is a result and `out` is free."""
     ckpt = Checkpoint(path)
     if not low_rank(ckpt):
-        raise InputError(f"{path} is dense: it has no low-rank layers to multiply out; "
+        sliced = ckpt.cfg.turned or ckpt.cfg.removed
+        kind = "has" if sliced else "is dense: it has"
+        raise InputError(f"{path} {kind} no low-rank layers to multiply out; "
                          "point at a result of air.py")
     # An older export, too: nothing tells it from an original, which must not be lost.
     if Path(out).exists():
@@ -90,8 +91,7 @@ def check(path, out):
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("result", help="folder that air.py wrote")
     p.add_argument("--dense", required=True, metavar="OUT",
                    help="new folder for the ordinary checkpoint")

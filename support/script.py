@@ -46,10 +46,29 @@ class TooLarge(InputError):
 
 
 # ------------------------------------------------------------ arguments, device
+class Parser(argparse.ArgumentParser):
+    """argparse's, with a script's docstring as it is.
+
+    Raises InputError for an option that is empty, as an unset variable of the shell
+    leaves it, and would be taken for one that is not there.
+    """
+
+    def __init__(self, doc):
+        super().__init__(
+            description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self, args=None):
+        found = super().parse_args(args)
+        for action in self._actions:
+            if getattr(found, action.dest, None) == "" != action.default:
+                name = "/".join(action.option_strings) or action.dest
+                raise InputError(f"{name} is empty; expected a value, or leave it out")
+        return found
+
+
 def parser(doc):
-    """The argument parser that every script adds to; `doc` is the script's docstring."""
-    p = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The Parser that every script adds to; `doc` is the script's docstring."""
+    p = Parser(doc)
     p.add_argument("--ckpt", default=str(ROOT / "demo"),
                    help="a .safetensors file with config.json beside it, "
                         "or a folder (default: demo)")

@@ -9,6 +9,7 @@ import torch
 from calibrate import add_calibration_arguments, calibration_windows
 from eval_ppl import evaluation
 from support.checkpoint import Checkpoint
+from support.config import quantized_of
 from support.script import (InputError, check_apart, check_results, check_seed, check_spared,
                             code_digest, parser, pick_device)
 from support.texts import digest, own_windows, with_defaults
@@ -238,6 +239,9 @@ def prepare(name, args, options, instructions=None, folder="enhance"):
     if learns and dtype == torch.float16:
         raise InputError(f"--dtype is float16, in which gradients vanish; {name} expects "
                          "bfloat16 or float32")
+    if learns and quantized_of(ckpt.raw):
+        print(f"warning: {args.ckpt} is quantized, what {name} writes is not: quantize last",
+              file=sys.stderr)
     windows, held, calib, text, length = learnt_from(args, ckpt, instructions, learns)
     evaluated = evaluation(text, ckpt, length, args)
     check_apart(args.out, json=args.json)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import sentencepiece
 
+from support.config import family
 from support.script import InputError, check_readable, read_json
 from support.texts import check_text, read_text
 
@@ -94,6 +95,7 @@ KEYS = {
     "special_tokens_map.json": NAMES,
     "tokenizer_config.json": NAMES | {
         "add_bos_token": (is_bool, "true or false"),
+        "add_prefix_space": (is_bool, "true or false"),
         "legacy": (is_bool, "true or false"),
         "tokenizer_class": (is_text, "a text"),
         "added_tokens_decoder": (is_decoder, "an object of ids and tokens"),
@@ -146,7 +148,7 @@ class Beside:
             tokens = tokens.values() if isinstance(tokens, dict) else tokens
             self.special |= set(map(content, tokens)) - {""}
         self.added = self.read_added()
-        self.mistral = read_json(folder / "config.json").get("model_type") == "mistral"
+        self.mistral = family(read_json(folder / "config.json")) == "mistral"
         self.eos_texts = {content(each.get("eos_token")) for each in (self.config, older)} - {""}
         self.eos_ids = set()
         for name in ("config.json", "generation_config.json"):
@@ -185,8 +187,8 @@ class Sentences:
     Text between added tokens is SentencePiece's, a space put before it. By `legacy` of
     tokenizer_config.json before every such stretch, else before the first alone, and
     there not where it begins with one. As in transformers, its class LlamaTokenizer
-    takes legacy for false where it is not named, and never puts a space before a space.
-    Raises InputError.
+    takes legacy for false where it is not named, never puts a space before a space, and
+    none at all where add_prefix_space is false. Raises InputError.
     """
 
     def __init__(self, path, beside):
@@ -205,6 +207,8 @@ class Sentences:
         legacy = beside.config.get("legacy")
         self.legacy = not llama if legacy is None else legacy
         self.doubled = self.legacy and not llama        # a space before a space
+        bare = llama and beside.config.get("add_prefix_space") is False
+        self.first = self.no_prefix if bare else pieces
         self.added = self.all_added(beside)
         self.ids = {token.content: i for i, token in self.added.items()}
         self.size = max(pieces.vocab_size() - 1, *self.added) + 1
@@ -273,7 +277,7 @@ class Sentences:
         for begin, stretch, token in self.split(text):
             first = self.legacy or begin == 0
             spaced = stretch.startswith((" ", "▁")) and not self.doubled
-            model = self.pieces if first and not spaced else self.no_prefix
+            model = self.first if first and not spaced else self.no_prefix
             ids += model.encode(stretch)
             ids += [] if token is None else [token]
         return ids
@@ -286,7 +290,7 @@ class Sentences:
                 shown += [] if token.special else [token.content]
             elif i < self.pieces.vocab_size():      # a padded vocabulary has ids without
                 shown.append(self.pieces.id_to_piece(i))
-        return self.pieces.decode(shown)
+        return self.first.decode(shown)
 
 
 # ------------------------------------------------------------ tokenizer.json

@@ -61,6 +61,17 @@ def test_the_text_is_not_replaced_by_its_windows(demo, tmp_path):
     assert (tmp_path / "ids.npy").read_bytes() == before
 
 
+def test_windows_go_to_an_array_only(tiny, tmp_path):
+    """Not over a checkpoint's own files."""
+    np.save(tmp_path / "ids.npy", np.arange(100) % 50)
+    before = {path: path.read_bytes() for path in tiny.iterdir()}
+    for name in ("model.safetensors", "config.json", "windows"):
+        done = in_process("calibrate", "--ckpt", tiny, "--calib", tmp_path / "ids.npy", "--samples", 2, "--seqlen", 8,
+                          "--out", tiny / name)
+        assert done.returncode == 2 and "expected the name of a .npy file" in done.stderr
+    assert before == {path: path.read_bytes() for path in tiny.iterdir()}
+
+
 def test_evaluation_windows_are_disjoint_and_cover_the_text(demo, tmp_path):
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": f"import module{i}"}) for i in range(90)))
     windows, tokens, per_byte = evaluation_windows(str(tmp_path / "t.jsonl"), demo, 16)

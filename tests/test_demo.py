@@ -3,6 +3,7 @@ import argparse
 import inspect
 import json
 import math
+import shutil
 import sys
 import textwrap
 import typing
@@ -63,6 +64,29 @@ def test_a_killed_run_ends_where_it_would_have(tmp_path, small, monkeypatch):
         assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("owner, name, at", [(train.Training, "save", 1), (train, "update", 3)])
+def test_a_run_killed_before_its_first_state_goes_on(owner, name, at, tmp_path, small, monkeypatch):
+    """Before any: the tokenizer is there; after a checkpoint of --keep, that is."""
+    monkeypatch.setattr(train, "EVERY", 100)
+    words = ["--tokens", "4096", "--batch", "1024", "--every", "100", "--keep", "2048"]
+    small("--out", tmp_path / "whole", *words)
+    real, calls = getattr(owner, name), []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(owner, name, dies)
+    with pytest.raises(KeyboardInterrupt):
+        small("--out", tmp_path / "parts", *words)
+    assert (tmp_path / "parts" / "tokenizer.model").exists()
+    assert (tmp_path / "parts" / "0.002048M").exists() == (owner is train)
+    small("--out", f"{tmp_path}/./parts/", *words)          # the same folder, by another name
+    for file in ("model.safetensors", "0.002048M/model.safetensors", "tokenizer.model"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
+
+
 def test_the_checkpoint_of_the_lowest_perplexity_is_kept(tmp_path, small, monkeypatch):
     found = [9.0, 7.0, 8.0]
     monkeypatch.setattr(train, "perplexity", lambda *_: found.pop(0))
@@ -79,13 +103,21 @@ def test_another_runs_folder_is_refused(tmp_path, small):
     (tmp_path / "train.pt").unlink()
     with pytest.raises(InputError, match="name another --out"):
         small("--out", tmp_path, *COMMAND)
-    for name in ("config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin"):
-        (tmp_path / name[:3]).mkdir()
-        (tmp_path / name[:3] / name).write_text("mine")
+    for name in ("config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin", "consolidated.00.pth",
+                 "tokenizer.model", "train.json", "train.pt"):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        shutil.copy(tmp_path / "tokenizer.model", folder)       # of a state, so that this is what is looked at
+        (folder / name).write_text("mine")
+        if name != "train.pt":
+            (folder / "tokenizer.model").write_text("mine")
+        before = {path: path.read_bytes() for path in folder.iterdir()}
         with pytest.raises(InputError, match="name another --out"):
-            small("--out", tmp_path / name[:3], *COMMAND)
-        assert [path.read_text() for path in (tmp_path / name[:3]).iterdir()] == ["mine"]
-    for words in (["--batch", "1000"], ["--tokens", "100"], ["--every", "0"], ["--keep", "many"]):
+            small("--out", folder, *COMMAND)
+        assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    for words in (["--batch", "1000"], ["--batch", "0"], ["--tokens", "100"], ["--every", "0"], ["--keep", "many"],
+                  ["--keep", "1.2.3"], ["--keep", "1e999"], ["--keep", "10"], ["--keep", "1024,8192"], ["--lr", "nan"],
+                  ["--lr", "-1"], ["--dropout", "1"], ["--weight-decay", "-1"], ["--seed", "1" * 30]):
         with pytest.raises(InputError, match=f"{words[0]} "):
             small("--out", tmp_path / "new", *COMMAND, *words)
     assert not (tmp_path / "new").exists()

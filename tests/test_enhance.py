@@ -1276,8 +1276,10 @@ def test_everything_composes_on_grouped_query_heads(made, tmp_path):
     refined = enhanced("refine", small, tmp_path / "r", *usual, "--epochs", "1", "--batch", "4")
     packed = enhanced("quantize", tmp_path / "r", tmp_path / "q", *usual)
     assert [each["by"] for each in packed.raw["air"]["enhanced"]] == ["refine", "quantize"]
-    # A packed result is a start, too, and is unpacked by what trains it.
-    again = enhanced("retrain", tmp_path / "q", tmp_path / "t", *usual, "--epochs", "1")
+    # A packed result is a start, too, and is unpacked by what trains it, which says so.
+    done = in_process("enhance/retrain", "--ckpt", tmp_path / "q", "--out", tmp_path / "t", *usual, "--epochs", "1")
+    assert done.returncode == 0 and "is quantized, what retrain writes is not: quantize last" in done.stderr
+    again = Checkpoint(tmp_path / "t")
     assert "quantized" not in again.raw["air"] and (tmp_path / "t" / "modeling_air.py").exists()
     adapted = enhanced("lora", small, tmp_path / "l", *usual, "--epochs", "1", "--batch", "4")
     assert adapted.cfg == refined.cfg

@@ -208,6 +208,16 @@ def test_a_left_out_attention_keeps_no_cache(tmp_path, windows):
     assert caches[1] == caches[0] * (ckpt.cfg.n_layers - 1) // ckpt.cfg.n_layers
 
 
+def test_a_sliced_model_says_in_what_it_was_computed(tiny, tmp_path, windows):
+    np.save(tmp_path / "ids.npy", windows.numpy())
+    for dtype in ("float32", "bfloat16"):
+        done = in_process("peers/slicegpt", "--ckpt", tiny, "--calib", tmp_path / "ids.npy", "--text", "none",
+                          "--dtype", dtype, "--out", tmp_path / dtype)
+        assert done.returncode == 0 and Checkpoint(tmp_path / dtype).raw["air"]["dtype"] == "float32"
+    same = [(tmp_path / dtype / "model.safetensors").read_bytes() for dtype in ("float32", "bfloat16")]
+    assert same[0] == same[1]
+
+
 @pytest.mark.parametrize("name, option", [("slicegpt", ["--slicing", "0.25"]),
                                           ("blockpruner", ["--rate", "0.8"])])
 def test_the_commands_results_are_read_and_refused_where_they_should_be(
@@ -237,6 +247,8 @@ def test_the_commands_results_are_read_and_refused_where_they_should_be(
     done = in_process("enhance/refine", "--ckpt", str(tmp_path / "out"), "--out",
                   str(tmp_path / "x"), "--calib", str(tmp_path / "ids.npy"))
     assert done.returncode == 2 and "no low-rank layers" in done.stderr
+    done = in_process("support/export", tmp_path / "out", "--dense", tmp_path / "x")
+    assert done.returncode == 2 and f"{tmp_path / 'out'} has no low-rank layers" in done.stderr
 
 
 @pytest.mark.parametrize("slicing", ["0", "0.25"])

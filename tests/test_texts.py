@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from calibrate import calibration_windows
-from conftest import ROOT, script, write_checkpoint
+from conftest import ROOT, in_process, script, write_checkpoint
 from eval_ppl import evaluation_windows
 from support import texts as T
 from support.checkpoint import Checkpoint
-from support.script import InputError
+from support.script import InputError, Parser
 
 TEXT = "import os\n\n\ndef read(path):\n    return open(path).read()  # naïve — “ok” 🙂\n" * 12
 
@@ -89,6 +89,24 @@ def test_a_narrow_terminal_gets_escapes(tmp_path):
 def test_a_prompt_of_bytes_that_are_no_text_is_refused():
     done = finish("generate", "--prompt", os.fsdecode(b"a\xffb"), PYTHONUTF8="1")
     assert done.returncode == 2 and "not UTF-8" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name, words", [
+    ("air", ["--text", ""]), ("air", ["--out", ""]), ("air", ["--calib="]), ("eval_ppl", ["--text", ""]),
+    ("influence", ["--ckpt", ""]), ("enhance/refine", ["--ckpt", "r", "--out", "o", "--json", ""]),
+    ("peers/slicegpt", ["--out", ""]), ("experiments/table2", ["--calib", ""]),
+    ("support/export", ["r", "--dense", ""])])
+def test_an_empty_option_is_not_an_absent_one(name, words):
+    """As an unset variable of the shell leaves it."""
+    done = in_process(name, *words)
+    option = [word for word in words if word.startswith("--")][-1].rstrip("=")
+    assert done.returncode == 2 and f"{option} is empty; expected a value, or leave it out" in done.stderr
+
+
+def test_an_empty_default_may_be_given():
+    p = Parser("")
+    p.add_argument("--sides", default="")
+    assert p.parse_args([]).sides == p.parse_args(["--sides", ""]).sides == ""
 
 
 def test_a_configuration_with_a_mark_is_read(tmp_path):

@@ -65,6 +65,9 @@ def sentencepiece_cases(model):
         named = {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": decoder(n)}
         cases["class"] = {"tokenizer_config.json": named}
         cases["class, legacy"] = {"tokenizer_config.json": named | {"legacy": True}}
+        cases["class, no prefix"] = {"tokenizer_config.json": named | {"add_prefix_space": False}}
+        cases["class, legacy, no prefix"] = {
+            "tokenizer_config.json": named | {"legacy": True, "add_prefix_space": False}}
     return {f"{model}, {name}": files | {"tokenizer.model": model} for name, files in cases.items()}
 
 
