@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import PLAIN, Llama, attention
 from support.config import parse_config
-from support.script import InputError, Parser, check_seed, run, write_whole
+from support.script import InputError, Parser, check_seed, run, usual_mode, write_whole
 from support.texts import digest, stdlib_rows
 
 CONFIG = {
@@ -212,6 +212,7 @@ def save(model, out):
     state = {name: w.detach().to(torch.bfloat16).cpu().contiguous()
              for name, w in model.state_dict().items()}
     save_file(state, out / "model.partial", metadata={"format": "pt"})
+    usual_mode(out / "model.partial")
     os.replace(out / "model.partial", out / "model.safetensors")
     write_whole(out / "config.json", json.dumps(CONFIG, indent=1) + "\n")
 

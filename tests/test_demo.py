@@ -62,6 +62,7 @@ def test_a_killed_run_ends_where_it_would_have(tmp_path, small, monkeypatch):
     assert log_of(whole)[-1][2] < log_of(whole)[0][2]
     for name in ("model.safetensors", "config.json", "tokenizer.model"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+        assert (whole / name).stat().st_mode == (whole / "train.json").stat().st_mode, name
 
 
 @pytest.mark.parametrize("owner, name, at", [(train.Training, "save", 1), (train, "update", 3)])
