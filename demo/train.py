@@ -328,7 +328,7 @@ def steps_to_keep(args):
     """{step: folder's name} of --keep. Raises InputError."""
     found = {}
     for text in args.keep.split(",") if args.keep else ():
-        if not re.fullmatch(r"\d+(\.\d+)?(e\d)?", text):
+        if not re.fullmatch(r"\d+(\.\d+)?(e\d+)?", text):
             raise InputError(f"--keep is {args.keep}; expected numbers of tokens such as 2e6,4e6")
         if not args.batch <= float(text) <= args.tokens:
             raise InputError(f"--keep has {text}; expected a --batch, {args.batch}, or more, at "
