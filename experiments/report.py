@@ -127,12 +127,14 @@ def claims(results):
 
 # ------------------------------------------------------------ tables
 def number(x):
-    """Five digits at most: '22.73', '227.3', '2,273'; '–' for none."""
+    """Five digits at most: '22.73', '227.3', '2,273', '2.3e6'; '–' for none."""
     if x is None or math.isnan(x):
         return "–"
     if abs(x) < 100:
         return f"{x:.2f}"
-    return f"{x:.1f}" if abs(x) < 1000 else f"{x:,.0f}"
+    if abs(x) < 1000:
+        return f"{x:.1f}"
+    return f"{x:,.0f}" if abs(x) < 1e5 else f"{x:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
 def show(values):
@@ -142,13 +144,19 @@ def show(values):
 
 
 def percent(compared):
-    """'-9.1 ± 0.8 %', with 'no difference' in brackets where that is the word."""
+    """'-9.1 ± 0.8 %', with 'no difference' in brackets where that is the word.
+
+    From 1,000 % on in `number`'s digits: '+2,273 %'.
+    """
     mean, spread, word = compared
     if math.isnan(mean):
         return "not measured"
-    known = "" if spread is None else f" ± {spread:.1f}"
+    far = abs(mean) >= 1000
+    change = f"+{number(mean)}" if far else f"{mean:+.1f}"
+    if spread is not None:
+        change += " ± " + (number(spread) if far else f"{spread:.1f}")
     within = " (no difference)" if word == "no difference" else ""
-    return f"{mean:+.1f}{known} %{within}"
+    return f"{change} %{within}"
 
 
 def listed(values, compared):

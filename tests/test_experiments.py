@@ -38,7 +38,8 @@ def test_mean_and_spread_by_hand():
     assert mean_spread([2.0, 4.0, 9.0])[1] == pytest.approx(statistics.stdev([2.0, 4.0, 9.0]))
     assert mean_spread([7.0]) == (7.0, None)
     assert show([22.0, 23.0, 24.0]) == "23.00 ± 1.00" and show([7.0]) == "7.00"
-    assert show([1500.0, 2500.0]) == "2,000 ± 707.1"
+    assert show([1500.0, 2500.0]) == "2,000 ± 707.1" and show([math.inf]) == "inf"
+    assert [report.number(x) for x in (99_400.0, 123_456.0, 9.03e8, 2.5e12)] == ["99,400", "1.2e5", "9.0e8", "2.5e12"]
 
 
 def test_no_difference_is_a_paired_mean_within_its_spread():
@@ -51,6 +52,9 @@ def test_no_difference_is_a_paired_mean_within_its_spread():
     assert compare([5.0, 6.0], [5.0, 6.0])[2] == "no difference"
     assert compare([5.0], [4.0])[2] == "undecided" and compare([5.0, None], [4.0, 4.0])[2] == "undecided"
     assert report.percent(compare([None], [4.0])) == report.percent(compare([1.0], [0.0])) == "not measured"
+    assert report.percent(lower).startswith("-1.0 ± 0.0 %") and report.percent(compare([5.0], [4.0])) == "+25.0 %"
+    assert report.percent(compare([23.73, 43.73], [1.0])) == "+3,273 ± 1,414 %"
+    assert report.percent(compare([1.0, 4e4], [1.0])) == "+2.0e6 ± 2.8e6 % (no difference)"
 
 
 def test_figures_of_ruined_models_are_told():
@@ -59,7 +63,7 @@ def test_figures_of_ruined_models_are_told():
     figures = {"SVD-LLM(W)": [10.0], "AIR, δ = 2": [None], "SVD": [1e6]}
     result = {"rows": [{"variant": name, "rate": 0.6, "ppl": {"text": ppl}} for name, ppl in figures.items()]}
     assert closed.cells(result, "AIR, δ = 2", 0.6) == ["–", "not measured"]
-    assert closed.cells(result, "SVD", 0.6) == ["1,000,000", "far above"]
+    assert closed.cells(result, "SVD", 0.6) == ["1.0e6", "far above"]
 
 
 # -------------------------------------------------------------------------------- verdicts, told both ways
