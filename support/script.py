@@ -49,8 +49,9 @@ class TooLarge(InputError):
 class Parser(argparse.ArgumentParser):
     """argparse's, with a script's docstring as it is.
 
-    Raises InputError for an option that is empty, as an unset variable of the shell
-    leaves it, and would be taken for one that is not there.
+    Raises InputError, in place of the usage of all options, for arguments that it does not
+    understand, and for an option that is empty, as an unset variable of the shell leaves
+    it, and would be taken for one that is not there.
     """
 
     def __init__(self, doc):
@@ -64,6 +65,9 @@ class Parser(argparse.ArgumentParser):
                 name = "/".join(action.option_strings) or action.dest
                 raise InputError(f"{name} is empty; expected a value, or leave it out")
         return found
+
+    def error(self, message):
+        raise InputError(f"{message}; --help says what is expected")
 
 
 def parser(doc):

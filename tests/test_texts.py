@@ -103,6 +103,19 @@ def test_an_empty_option_is_not_an_absent_one(name, words):
     assert done.returncode == 2 and f"{option} is empty; expected a value, or leave it out" in done.stderr
 
 
+@pytest.mark.parametrize("name, words, said", [
+    ("air", ["--rate", "half"], "argument --rate: invalid float value: 'half'"),
+    ("air", ["--rat"], "argument --rate: expected one argument"),
+    ("enhance/refine", ["--ckpt", "r"], "the following arguments are required: --out"),
+    ("enhance/quantize", ["--ckpt", "r", "--out", "o", "--bits", "5"], "argument --bits: invalid choice: 5"),
+    ("eval_ppl", ["--txt", "x"], "unrecognized arguments: --txt x"),
+    ("experiments/table5", ["--rates", "x"], "argument --rates: invalid float value: 'x'")])
+def test_arguments_that_are_not_understood_are_one_sentence(name, words, said):
+    done = in_process(name, *words)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert said in done.stderr and done.stderr.endswith("; --help says what is expected\n")
+
+
 def test_an_empty_default_may_be_given():
     p = Parser("")
     p.add_argument("--sides", default="")
