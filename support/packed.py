@@ -38,7 +38,13 @@ def grid_of(w, bits, dtype):
     top = 2**bits - 1
     low = w.amin(1, keepdim=True).clamp_max(0)
     high = w.amax(1, keepdim=True).clamp_min(0)
-    scale = ((high - low) / top).to(dtype)
+    step = (high - low) / top
+    # Below its least normal number (6e-5 in fp16) a dtype holds multiples of `unit` alone:
+    # rounded up, never to 0, so that the grid reaches the row's ends.
+    held = torch.finfo(dtype)
+    unit = held.smallest_normal * held.eps
+    step = torch.where(step < held.smallest_normal, (step / unit).ceil() * unit, step)
+    scale = step.to(dtype)
     scale[scale == 0] = 1                                       # a row of zeros
     zero = (-low / scale.float()).round().clamp(0, top)
     return Grid(scale, zero, top)

@@ -60,13 +60,18 @@ def add_result_arguments(p):
     return p
 
 
+def source_of(ckpt):
+    """What a result's config.json says of the dense checkpoint that it was made of."""
+    return ckpt.raw.get("air", {}).get("source", {})
+
+
 def dense_of(ckpt, given):
     """The dense Checkpoint that a result was made of.
 
     `given`, or where the result's config.json says it was. Raises InputError where that is
     not there or is another model.
     """
-    source = ckpt.raw.get("air", {}).get("source", {})
+    source = source_of(ckpt)
     path = given or source.get("path")
     if path is None:
         raise InputError(f"{ckpt.folder} does not say of which checkpoint it was made; "
@@ -247,7 +252,8 @@ def prepare(name, args, options, instructions=None, folder="enhance"):
     check_apart(args.out, json=args.json)
     given = vars(args)
     check_spared(args.out, **{key: given.get(key) for key in
-                              ("ckpt", "dense", "teacher", "calib", "text")})
+                              ("ckpt", "teacher", "calib", "text")})
+    check_spared(args.out, dense=given.get("dense") or source_of(ckpt).get("path"))
     if given.get("dense"):
         dense_of(ckpt, args.dense)              # where it is not read it is checked all the same
     return Task(name, ckpt, options, calib, windows, held, text, evaluated, device, dtype,

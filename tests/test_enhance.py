@@ -223,6 +223,11 @@ def test_what_a_run_reads_is_not_replaced_with_its_output(made, tmp_path):
         assert done.returncode == 2 and "lies inside --out" in done.stderr and done.stderr.count("\n") == 1
     done = in_process("air", "--ckpt", outer / "dense", "--out", outer, "--text", "none", *usual, "--overwrite")
     assert done.returncode == 2 and "lies inside --out" in done.stderr
+    # Nor the dense model that is read because the result says where it is.
+    done = in_process("air", "--ckpt", outer / "dense", "--out", tmp_path / "other", "--text", "none", *usual)
+    assert done.returncode == 0, done.stderr
+    done = enhance("refine", tmp_path / "other", outer, *usual, "--epochs", "0", "--overwrite")
+    assert done.returncode == 2 and "outer/dense lies inside --out" in done.stderr and (outer / "dense").is_dir()
     # The folder itself may be what it starts from.
     enhanced("quantize", outer, outer, *usual, "--overwrite")
 
@@ -883,6 +888,23 @@ def test_a_clipped_grid_is_the_best_of_those_tried(bits):
     plain = grid_of(w.float(), bits, torch.bfloat16)
     lost = [(w - each.values(each.codes(w.float()))).square().sum(1) for each in (half, plain)]
     assert (lost[0] <= lost[1] * (1 + 1e-6)).all() and (bits == 8 or (lost[0] < 0.95 * lost[1]).any())
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_least_numbers_of_a_dtype_are_not_rounded_to_none(bits, dtype):
+    """Rows whose step the dtype cannot hold, or holds as few multiples of its least number, stay within a step it can."""
+    held = torch.finfo(dtype)
+    least = held.smallest_normal * held.eps
+    w = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
+    w *= least * torch.logspace(0, 4, 40)[:, None] / w.abs().amax(1, keepdim=True)
+    w = w.to(dtype).float()
+    w[7] = 0
+    grid = grid_of(w, bits, dtype)
+    exact = (w.amax(1, keepdim=True).clamp_min(0) - w.amin(1, keepdim=True).clamp_max(0)).double() / (2**bits - 1)
+    worst = (grid.values(grid.codes(w)) - w).double().abs().amax(1, keepdim=True)
+    # Half a step, and as much again where the code of 0 was rounded.
+    assert (worst <= 1.01 * (exact / least).ceil() * least).all() and not worst[7].any() and grid.scale[7] == 1
 
 
 def test_a_clipped_grid_comes_near_the_best_of_a_normal_distribution():
