@@ -28,7 +28,7 @@ from influence import SIGNALS, backward_sweep, check_signal, start_gradient
 from model import LAYERS, READS
 from support import fast, large, report
 from support import ranks as by_measurement
-from support.anchored import anchored_sweep
+from support.anchored import anchored_sweep, going_on
 from support.checkpoint import Checkpoint, Writer, part_of, result_bytes, written_bytes
 from support.progress import Progress, Stopwatch
 from support.script import (InputError, check_apart, check_results, check_spared,
@@ -693,6 +693,11 @@ class Job:
         return {n: default_ridge(n, tokens) if asked is None else asked
                 for n in sorted({n for _, n in self.shapes.values()})}
 
+    @property
+    def keeps(self):
+        """Are finished blocks kept for a run that goes on? Anchored ones took all before them."""
+        return bool(self.stats) or self.options.share is not None
+
     def layers_in(self, blocks):
         """How many of the layers that are decomposed are in `blocks`."""
         return sum(f"model.layers.{l}.{name}" in self.ranks for l in blocks for name in LAYERS)
@@ -866,9 +871,9 @@ def sweep_of(job, blocks, signal):
     return kept.statistics(*arguments)
 
 
-def own_sweep(job, blocks):
-    """What the method reads of `blocks`."""
-    if job.options.reads == "nothing":
+def own_sweep(job, blocks, writer):
+    """What the method reads of `blocks`; the writer has those that an earlier run finished."""
+    if job.options.reads == "nothing" or not blocks:
         return ((l, {}) for l in blocks)
     share = job.options.share
     signal = job.options.backward
@@ -878,14 +883,15 @@ def own_sweep(job, blocks):
     # the first to the last.
     first = sweep_of(job, blocks, signal) if signal else ()
     h = embed(job.ckpt, job.windows, job.dtype)
-    return anchored_sweep(job.ckpt, h, job.device, blocks, share, first)
+    sweep = anchored_sweep(job.ckpt, h, job.device, job.blocks, share, first)
+    return going_on(sweep, blocks, writer.folder)
 
 
-def first_sweep(job, left):
+def first_sweep(job, left, writer):
     """What is to be read first: for measured ranks `kfac`'s statistics, of all blocks."""
     if job.measures(left):
         return sweep_of(job, job.blocks, "kfac")
-    return own_sweep(job, left)
+    return own_sweep(job, left, writer)
 
 
 def to_do(job, writer):
@@ -906,7 +912,7 @@ def measure_ranks(job, sweep, left, writer):
     job.use(large.from_first(found))                        # the same in every process
     if writer:
         writer.folder.remember(job.ranks)
-    return own_sweep(job, left)
+    return own_sweep(job, left, writer)
 
 
 def solve_block(job, l, stats, progress):
@@ -939,13 +945,13 @@ def main():
     first = large.processes()[0] == 0                       # it writes and evaluates
     writer = nullcontext()
     if first:
-        writer = Writer(job.out, written_bytes(need), args.overwrite, job.facts(), bool(job.stats))
+        writer = Writer(job.out, written_bytes(need), args.overwrite, job.facts(), job.keeps)
 
     # Block by block: collect its statistics, replace its weights by factors, write them.
     with writer:
         left, ranks = large.from_first(to_do(job, writer) if first else None)
         job.use(ranks)
-        sweep = first_sweep(job, left)
+        sweep = first_sweep(job, left, writer)
         progress.say(report.header(job, args.seed))
         progress.say(plan.line())
         progress.warn(plan.warning())

@@ -13,6 +13,7 @@ import torch
 
 from calibrate import add, block_forward
 from model import INPUTS, PLAIN, LowRank, rope, wide
+from support.checkpoint import part_of
 from support.progress import told
 
 
@@ -85,6 +86,14 @@ class Streams(dict):
             layer.U.bias.copy_(whole.bias)
         self.compressed.set_submodule(name, layer)
 
+    def put_back(self, l, tensors):
+        """Replace the layers of block l by what an earlier run wrote, {name: tensor}."""
+        for name, U in tensors.items():
+            if name.endswith(".U.weight"):
+                layer = name.removesuffix(".U.weight")
+                V = tensors[layer + ".V.weight"]
+                self.replace(layer.removeprefix(f"model.layers.{l}."), U, V)
+
 
 def of_gradients(sweep):
     """{l: {key: tensor in the host's memory}} of a sweep's (l, stats), inputs left out."""
@@ -114,3 +123,13 @@ def anchored_sweep(ckpt, h, device, blocks, share, sweep=()):
             yield l, stats
         for block, stream in zip((stats.block, stats.compressed), streams):
             block_forward(block, stream, stream, angles, gram=False)
+
+
+def going_on(sweep, left, folder):
+    """An `anchored_sweep`'s (l, Streams) of the blocks `left`, behind those that an earlier run
+    wrote into `folder`, a TensorFolder."""
+    for l, stats in sweep:
+        if l in left:
+            yield l, stats
+        else:
+            stats.put_back(l, folder.load(part_of(l)))

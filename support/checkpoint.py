@@ -642,8 +642,8 @@ class Writer:
         kept = manifest.exists() and read_json(manifest).get("facts", {}).get("kept")
         if kept and not self.keep:
             raise InputError(f"{self.partial} holds finished parts of a run: of air.py, then "
-                             "add --stats to go on, or of enhance/, then run that again; or "
-                             "delete it")
+                             "add its --stats or --anchor to go on, or of enhance/, then run "
+                             "that again; or delete it")
 
     def add(self, part, tensors, note=None):
         """Write {name: tensor} to disk as one part, a shard to be.

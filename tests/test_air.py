@@ -5,9 +5,10 @@ import torch
 
 import air as A
 from calibrate import embed
-from conftest import ROOT, distance, in_process
+from conftest import ROOT, TINY, air_main, distance, in_process, write_checkpoint
 from model import LAYERS, READS
 from support.checkpoint import Checkpoint
+from support.script import InputError
 
 
 def problem(m=12, n=10, tokens=40, seed=0):
@@ -529,6 +530,48 @@ def test_both_streams_are_collected_behind_what_is_decomposed(tiny, windows, tmp
         if name.endswith("proj.weight"):
             U, V = (written.tensor(name.replace("weight", f"{which}.weight")) for which in "UV")
             assert distance(U @ V, w) < 1e-3
+
+
+@pytest.mark.parametrize("how", [("kfac", "--anchor", "0.3", "--ranks", "mixed", "--rate", "0.8"),
+                                 ("air", "--anchor", "0.5", "--layers", "1:4")], ids=lambda how: how[0])
+def test_a_killed_anchored_run_goes_on_behind_its_last_block(how, windows, tmp_path, monkeypatch, capsys):
+    """Ends in the same file: the compressed stream goes through what was written, rounded to bf16, biases included."""
+    config = TINY | {"num_hidden_layers": 4, "attention_bias": True}
+    write_checkpoint(tmp_path / "m", config, dtype=torch.bfloat16, architectures=["Qwen2ForCausalLM"])
+    np.save(tmp_path / "w.npy", windows.numpy())
+    usual = ("--ckpt", tmp_path / "m", "--calib", tmp_path / "w.npy", "--text", "none", "--device", "cpu", "--method")
+    air_main(monkeypatch, *usual, *how, "--out", tmp_path / "whole")
+    solve_block, solved = A.solve_block, []
+
+    def until(last):
+        def counted(job, l, *more):
+            if l > last:
+                raise KeyboardInterrupt
+            solved.append(l)
+            return solve_block(job, l, *more)
+        return counted
+    finish = A.report.finish
+    for last in (1, 2):                                             # killed within block 2, then within block 3
+        monkeypatch.setattr(A, "solve_block", until(last))
+        with pytest.raises(KeyboardInterrupt):
+            air_main(monkeypatch, *usual, *how, "--out", tmp_path / "parts")
+        assert not (tmp_path / "parts").exists()
+    monkeypatch.setattr(A, "solve_block", until(3))
+    monkeypatch.setattr(A.report, "finish", lambda *_: 1 / 0)       # killed with every block on disk
+    with pytest.raises(ZeroDivisionError):
+        air_main(monkeypatch, *usual, *how, "--out", tmp_path / "parts")
+    monkeypatch.setattr(A.report, "finish", finish)
+    capsys.readouterr()
+    first = 1 if "--layers" in how else 0
+    with pytest.raises(InputError, match="was made with another delta"):
+        air_main(monkeypatch, *usual, *how, "--out", tmp_path / "parts", "--delta", "1")
+    with pytest.raises(InputError, match="holds finished parts of a run"):
+        air_main(monkeypatch, *usual, "svdllm", "--out", tmp_path / "parts")
+    air_main(monkeypatch, *usual, *how, "--out", tmp_path / "parts")
+    assert f"going on: {4 - first} of {4 - first} blocks" in capsys.readouterr().err
+    assert solved == list(range(first, 4)) and not list(tmp_path.glob("*.partial"))
+    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
 
 
 def test_kinds_are_swept_or_stay_the_start():
