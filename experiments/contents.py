@@ -44,6 +44,8 @@ CONTENTS = {
     "A.6": ("C4-calibrated, here another text", "a6", ""),
     "A.9": ("samples of text", "samples", ""),
 }
+# {of the paper: (a word, is it in the claims that are its own?)}, of two that share a script.
+OWN = {"Table 5": ("retraining", False), "Table 14": ("retraining", True)}
 # What needs what was not at hand, and the command that would make it.
 ELSEWHERE = {
     "LLaMA-7B itself, all tables":
@@ -54,15 +56,16 @@ ELSEWHERE = {
 }
 
 
-def outcome(results, stem, model):
-    """'3 of 5 hold', 'measured', or '–' for a script's results on a model."""
+def outcome(results, stem, model, own=None):
+    """'3 of 5 hold', 'measured', or '–' for a script's results on a model; own: as OWN has it."""
     paths = sorted(results.glob(f"{stem}-{model}*.json"))
     paths = [path for path in paths if model != "demo" or "demo-muon" not in path.name]
     if stem is None or not paths:
         return "–"
     found = json.loads(paths[0].read_text("utf-8"))
     verdicts = found.get("verdicts", ()) if isinstance(found, dict) else ()
-    known = [v["holds"] for v in verdicts if v["holds"] is not None]
+    known = [v["holds"] for v in verdicts if v["holds"] is not None
+             and (own is None or (own[0] in v["claim"]) == own[1])]
     return f"{sum(known)} of {len(known)} hold" if known else "measured"
 
 
@@ -73,7 +76,7 @@ def contents(results):
         stem = named[0] if named else script
         command = f"`python experiments/{script}.py {arguments}`".replace(" `", "`")
         lines.append([item, what, command if script else "–",
-                      *(outcome(results, stem, model) for model in MODELS)])
+                      *(outcome(results, stem, model, OWN.get(item)) for model in MODELS)])
     for what, elsewhere in ELSEWHERE.items():
         lines.append([what, "not at hand here", f"`{elsewhere}`", *["–"] * len(MODELS)])
     return table(["of the paper", "shows", "command", *MODELS.values()], lines,

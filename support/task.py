@@ -160,9 +160,10 @@ def spare_windows(text, ckpt, windows, seed):
     """Further windows (M, T) of the text that `windows` (N, T) are of; None for an array that
     holds these alone.
 
-    Drawn by seed + 2 or, where what made `ckpt` has used that, the next: by its seed the
-    closed form was calibrated, maybe on more of them than are learnt from, by that + 1 its
-    ranks were measured. Raises InputError.
+    Drawn by seed + 2 or, where what made `ckpt` was fitted to that number's, the next: by its
+    seed the closed form was calibrated, maybe on more of them than are learnt from, by that
+    + 1 its ranks were measured. Steps of one seed in a row hold out the same windows, which
+    choose among what each has learnt. Raises InputError.
     """
     if own_windows(text, ckpt) is not None:
         return None

@@ -495,7 +495,7 @@ def test_held_out_windows_share_no_text_with_what_is_learnt_from(made, tmp_path)
     quiet = enhance("refine", small, tmp_path / "o", *usual, *args, "--overwrite", "--quiet")
     assert quiet.stderr.startswith("warning: every held-out window overlaps") and quiet.stderr.count("\n") == 1
     assert "every held-out window overlaps" in done.stderr and "16 + 2 held out" in done.stderr
-    # By no number that the start, or what enhanced it, has drawn windows by.
+    # By no number of what the start, or what enhanced it, was fitted to.
     ckpt = Checkpoint(small)
     for seeds, free in (([3], 5), ([5], 7), ([3, 5], 7), ([4, 3], 6), ([5, 7], 9), ([9], 5)):
         first, *others = ({"seed": seed} for seed in seeds)
