@@ -166,10 +166,14 @@ def listed(values, compared):
 
 
 def table(head, rows, left=1):
-    """A markdown table; the first `left` columns are words, the others figures."""
+    """A markdown table; the first `left` columns are words, the others figures. Raises
+    ValueError for a row that is not as long as the head."""
     rule = ["---"] * left + ["---:"] * (len(head) - left)
-    lines = [" | ".join(map(str, line)) for line in (head, rule, *rows)]
-    return "\n".join(f"| {line} |" for line in lines)
+    lines = []
+    for row in (head, rule, *rows):
+        cells = [str(cell).replace("|", "\\|") for cell, _ in zip(row, head, strict=True)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def caption(result, calibrated=None):

@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from air import pick_ranks, shapes_of
 from experiments import table5
 from experiments.common import Lab, Setup, arguments
 from experiments.report import compare, every, listed, percent, show, table, verdict
 from experiments.stack import measure
 from support.even import EVEN
-from support.packed import WIDTHS
+from support.packed import WIDTHS, packed_bytes
 from support.script import run
 
 # Those of Table 5 whose layers are all factors, fitted to the dense model's inputs.
@@ -31,6 +32,28 @@ ROUNDINGS = {
 PAPER = {(8, "gptq"): 11.27, (8, "rtn"): 11.44, (4, "gptq"): 11.99, (4, "rtn"): 13.17,
          (2, "gptq"): 17154, (2, "rtn"): 81838}
 GROUPS = (0, 32)
+
+
+def sizes(ckpt, groups):
+    """{"bits group": what a quantized result takes of the dense model's file, in %}.
+
+    Of uniform ranks; measured ones have as many parameters. "16 0": of factors that are not
+    quantized.
+    """
+    item = ckpt.dtype.itemsize
+    dense = item * ckpt.parameters()
+    blocks = range(ckpt.cfg.n_layers)
+    ranks = pick_ranks(ckpt, blocks, RATE)
+    found = {}
+    for bits, group in ((16, 0), *((bits, group) for bits in WIDTHS for group in groups)):
+        size = dense
+        for layer, (m, n) in shapes_of(ckpt, blocks).items():
+            k = ranks[layer]
+            row_of_V = packed_bytes(n, bits, group, item) if bits < 16 else n * item
+            row_of_U = packed_bytes(k, bits, group, item) if bits < 16 else k * item
+            size += k * row_of_V + m * row_of_U - m * n * item
+        found[f"{bits} {group}"] = 100 * size / dense
+    return found
 
 
 def stack_of(rounding, bits, group):
@@ -67,8 +90,9 @@ def cells(result, form, stack):
 
 def markdown(result):
     lines = []
+    size = {at: f"{share:.1f} %" for at, share in result["sizes"].items()}
     for form in FORMS:
-        lines.append([form, "16", "", "", show(ppl(result, form, "alone")), *[""] * 7])
+        lines.append([form, 16, "", size["16 0"], show(ppl(result, form, "alone")), *[""] * 7])
         for bits in WIDTHS:
             for group in result["groups"]:
                 pairs = [cells(result, form, stack_of(rounding, bits, group))
@@ -78,10 +102,11 @@ def markdown(result):
                     paper = [PAPER.get((bits, rounding), "–") for rounding in ("gptq", "rtn")]
                 grid = f"a group of {group}" if group else "a row"
                 if any(shown != "–" for shown, _ in pairs):
-                    lines.append([form, bits, grid, *sum(pairs, []), *paper])
+                    at = size[f"{bits} {group}"]
+                    lines.append([form, bits, grid, at, *sum(pairs, []), *paper])
     heads = [head for name, _ in ROUNDINGS.values() for head in (name, "against 16")]
     heads += ["paper: GPTQ", "paper: RTN"]
-    return table(["", "bits", "a grid for", *heads], lines, left=3)
+    return table(["", "bits", "a grid for", "of the file", *heads], lines, left=3)
 
 
 def verdicts(result):
@@ -114,7 +139,8 @@ def main():
     lab = Lab("table6", Setup(**args))
     settings = [form | {"rate": RATE, "form": name} for name, form in FORMS.items()]
     rows = measure(lab, settings, stacks_of(groups))
-    found = {"dense": lab.dense("text"), "groups": groups, "rows": rows}
+    found = {"dense": lab.dense("text"), "groups": groups, "sizes": sizes(lab.ckpt, groups),
+             "rows": rows}
     lab.finish(sys.modules[__name__], found)
 
 

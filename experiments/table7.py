@@ -20,7 +20,7 @@ from support.script import run
 RATES = (0.6, 0.4)
 SIGNALS = {                 # signal: (name, the paper's perplexity at 0.6)
     "ones": ("ones", "13.80"),
-    "magnitude": ("\\|W\\|", "14.02"),
+    "magnitude": ("|W|", "14.02"),
     "grad": ("gradient", "–"),
     "wxg": ("W×Grad", "11.27"),
     "fisher": ("Fisher", "11.27"),

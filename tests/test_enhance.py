@@ -893,7 +893,7 @@ def test_a_clipped_grid_is_the_best_of_those_tried(bits):
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_least_numbers_of_a_dtype_are_not_rounded_to_none(bits, dtype):
-    """Rows whose step the dtype cannot hold, or holds as few multiples of its least number, stay within a step it can."""
+    """Rows whose step the dtype cannot hold, or holds as few multiples of its least, stay within a step it can."""
     held = torch.finfo(dtype)
     least = held.smallest_normal * held.eps
     w = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, distance, script, write_checkpoint
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import air
 from air import Options, als_sweep, normalise, pick_ranks, profile
@@ -40,6 +40,13 @@ def test_mean_and_spread_by_hand():
     assert show([22.0, 23.0, 24.0]) == "23.00 ± 1.00" and show([7.0]) == "7.00"
     assert show([1500.0, 2500.0]) == "2,000 ± 707.1" and show([math.inf]) == "inf"
     assert [report.number(x) for x in (99_400.0, 123_456.0, 9.03e8, 2.5e12)] == ["99,400", "1.2e5", "9.0e8", "2.5e12"]
+
+
+def test_a_table_has_as_many_cells_in_each_row():
+    assert report.table(["", "b"], [["|W|", 1]]) == "|  | b |\n| --- | ---: |\n| \\|W\\| | 1 |"
+    for row in (["a"], ["a", 1, 2]):
+        with pytest.raises(ValueError):
+            report.table(["", "b"], [row])
 
 
 def test_no_difference_is_a_paired_mean_within_its_spread():
@@ -690,6 +697,11 @@ def test_stacks_are_what_the_files_of_enhance_write(result_of, lab, tmp_path, mo
     command(air, "--ckpt", setup.ckpt, "--rate", "0.6", "--ridge", "0", "--out", tmp_path / "air")
     command(quantize, "--ckpt", tmp_path / "air", "--out", tmp_path / "q", "--bits", "2", "--group", "32")
     assert np.allclose(module.ppl(result, "AIR", module.stack_of("gptq", 2, 32)), measured(tmp_path / "q"), rtol=1e-3)
+    # The sizes are those of what lies in the files.
+    for folder, at in (("air", "16 0"), ("q", "2 32")):
+        took, whole = (sum(w.numel() * w.element_size() for w in load_file(path / "model.safetensors").values())
+                       for path in (tmp_path / folder, Path(setup.ckpt)))
+        assert result["sizes"][at] == pytest.approx(100 * took / whole)
 
 
 def test_peers_get_no_more_bytes_than_air_and_score_as_their_commands_do(result_of, lab, tmp_path, monkeypatch):
