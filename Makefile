@@ -54,7 +54,9 @@ SEEDS = 3,4,5
 SMALL = --ckpt data/smollm2 $(if $(TEXT),$(HALVES)) --samples 16 --seqlen 1024 --windows 10 --seeds $(SEEDS)
 smollm2-experiments: .venv/ready
 	-$(PIP) matplotlib
-	$(call each,closed fig3 table7 table8 kinds roots fig5 delta $(if $(TEXT),,a6),$(SMALL))
+	$(call each,closed table4 table7 table8 kinds roots fig5 delta $(if $(TEXT),,a6),$(SMALL))
+	$(call each,table5,$(SMALL) --error relative --dtype bfloat16)
+	$(call each,table6,$(SMALL) --dtype bfloat16)
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
