@@ -305,6 +305,22 @@ def test_what_a_run_writes_on_the_way_is_asked_of_the_disk(made, tmp_path, monke
     assert written_bytes(6e9) == 6e9 and written_bytes(6e9, 1e9) == 7e9         # shards are moved, not copied
 
 
+@pytest.mark.parametrize("name", ("refine", "lora", "retrain", "quantize"))
+def test_a_plan_comes_first_and_what_does_not_fit_in_memory_is_refused(made, tmp_path, monkeypatch, name):
+    small, _, usual = made
+    usual = list(usual) + ([] if name == "quantize" else ["--epochs", "1"])
+    monkeypatch.setattr(shared, "free_bytes", lambda device: 10_000)
+    done = enhance(name, small, tmp_path / "o", *usual)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not list(tmp_path.glob("o*"))
+    assert re.search(r"the run needs \d+\.\d GB of cpu memory and 0\.0 GB are free; .+ less$", done.stderr.strip())
+    monkeypatch.undo()
+    said = enhance(name, small, tmp_path / "o", *usual).stderr.split("\n")
+    plan = next(i for i, line in enumerate(said) if re.match(
+        r"plan: about \d+\.\d min, \d+\.\d\d GB of memory, result \d+\.\d\d GB.* \(measured: [\d,]+ GFLOP/s\)$", line))
+    assert said[0].startswith(f"{name} of small: ") and plan < min(
+        i for i, line in enumerate(said) if line.startswith(("block 0", "step ", "adapters on ")))
+
+
 @pytest.mark.parametrize("name,more", (("refine", ("--epochs", 2)), ("retrain", ("--epochs", 2)), ("quantize", ()),
                                        ("lora", ("--epochs", 1))))
 def test_an_fp32_start_is_left_alone_in_memory_too(start, tmp_path, name, more):
