@@ -365,7 +365,7 @@ class Inputs:
 
     @property
     def repair(self):
-        """What ΣXXᵀ needed beyond the ridge for its Cholesky factor; 0: nothing."""
+        """The share of its diagonal that ΣXXᵀ's Cholesky factor needed; 0: the ridge was enough."""
         shift = self.profiled[1] if "profiled" in vars(self) else 0.0
         return shift if shift > self.ridge else 0.0
 
@@ -485,9 +485,9 @@ class Options:
                         "the others stay the sweep's start (default all, the paper's)")
     axis: str = option("in", ("in", "out"),
                        "fwsvd: Fisher information summed per input or output")
-    anchor: float = option(None, help="weights are fitted to the inputs X̂ of what is compressed "
-                           "up to there, to make of X̂ what the dense ones make of ANCHOR·X + "
-                           "(1 - ANCHOR)·X̂ (default: to the dense model's inputs X, the "
+    anchor: float = option(None, help="fit weights to X̂, their inputs behind what is compressed "
+                           "by then, to make of it what the dense ones make of ANCHOR·X + "
+                           "(1 - ANCHOR)·X̂, X the dense model's inputs (default: X alone, the "
                            "paper's; aasvd: 1)")
     ridge: float = option(None, help="share of ΣXXᵀ's own diagonal that is added to it; "
                           "0: the paper's (default: by the tokens an input)")
@@ -518,8 +518,8 @@ class Options:
 
     @property
     def share(self):
-        """Of the dense model's inputs in the aim of `anchored`; None: weights are fitted to
-        them alone."""
+        """X's share in the aim of `anchored`, X the dense model's inputs; None: not anchored,
+        fitted to X alone."""
         if self.anchor is None and self.reads == "streams":
             return 1.0
         return self.anchor
@@ -553,7 +553,7 @@ class Solved:
 def activation_loss(layer, U, V):
     """L_act = ‖DX‖² = tr(D ΣXXᵀ Dᵀ) with D = W − UV, and the zero matrix's, as Losses.
 
-    ΣXXᵀ with its ridge, as in `air`.
+    ΣXXᵀ with its ridge; what a Cholesky factor needed beyond it is not counted.
     """
     if layer.inputs.gram is None:                          # plain SVD sees no activations
         return Losses(None, None, None, None)
@@ -661,7 +661,7 @@ class Job:
     ranks: dict                 # {layer: k}; without one a layer stays dense
     calib: str                  # calibration text
     windows: torch.Tensor       # (N, T) token ids, empty for a method that reads none
-    held: torch.Tensor          # (8, T) further ones, that ranks are chosen by
+    held: torch.Tensor          # (8, T) by which ranks are chosen, where they are measured
     text: str                   # evaluation text, or "none"
     evaluation: tuple | None    # (windows, tokens in the text, tokens a byte)
     device: torch.device

@@ -33,8 +33,8 @@ def calibration_windows(text, ckpt, samples=256, seqlen=2048, seed=3):
 
     As the paper's released code takes them: rows joined by a blank line (blank rows
     dropped), a start uniform in characters, 10·T characters tokenized, the first T
-    tokens kept, shorter ones drawn again. Raises InputError for a text shorter than one
-    window.
+    tokens kept, shorter ones drawn again. Raises InputError for a text of no more than
+    10·T characters, or of which no draw has T tokens.
     """
     check_seed(seed)
     if is_array(text):

@@ -311,7 +311,7 @@ class CachedBlock:
 
 @dataclass
 class Switches:
-    """What makes decoding fast; each can be switched alone, the logits stay the same."""
+    """What makes decoding fast; the logits stay the same with each on or off."""
 
     o1: bool = True             # keys are cached rotated
     o2: bool = True             # values are cached as V_kᵀx

@@ -106,4 +106,4 @@ def test_the_number_of_claims_that_hold_is_the_committed_json():
         verdicts += json.loads(path.read_text("utf-8")).get("verdicts", [])
     papers = [each["holds"] for each in verdicts if not each["claim"].startswith("(Not in the paper.)")]
     decided = [holds for holds in papers if holds is not None]
-    assert f"decided {sum(decided)} of {len(decided)} hold" in README
+    assert f"{sum(decided)} of the paper's {len(decided)} decided claims hold" in README
