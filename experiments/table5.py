@@ -25,6 +25,8 @@ FORMS = {
     "two-sided, anchored, measured ranks": {
         "method": "kfac", "ranks": "auto", "ridge": None, "anchor": SHARE},
     "two-sided, mixed ranks": {"method": "kfac", "ranks": "mixed", "ridge": None},
+    "two-sided, anchored, mixed ranks": {
+        "method": "kfac", "ranks": "mixed", "ridge": None, "anchor": SHARE},
 }
 OURS = tuple(FORMS)[2:]
 STACKS = {
@@ -60,13 +62,15 @@ def ppl(result, form, stack, rate):
 
 
 def markdown(result):
-    """A row a form and what is stacked on it."""
+    """A row a form and what is stacked on it, where it was measured, here or in the paper."""
     rates = rates_of(result)
     lines = [["dense", "", f"{result['dense']:.2f}", *[""] * len(rates)]]
     for form in FORMS:
         for stack in STACKED[form]:
             cells = [show(ppl(result, form, stack, rate)) for rate in rates]
-            lines.append([form, stack, *cells, PAPER.get((form, stack), "–")])
+            paper = PAPER.get((form, stack), "–")
+            if {*cells, paper} != {"–"}:
+                lines.append([form, stack, *cells, paper])
     # Below the share at which its masks stop, ACIP's scores say nothing.
     cells = [show(ppl(result, "ACIP", "its adapters", rate)) for rate in rates]
     lines.append(["ACIP", "its adapters", *cells, PAPER["ACIP", "its adapters"]])
