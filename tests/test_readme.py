@@ -93,11 +93,14 @@ def test_what_is_said_of_delta_is_the_committed_json():
     base = {"variant": "SVD-LLM(W)"}
     real = [gaps("closed-smollm2", (0.8, 0.6, 0.4), {"variant": variant}, base)
             for variant in ("AIR by Fisher, δ = 2", "AIR, δ = 2", "AIR, δ = 0.5")]
+    here = {"tokens": 64, "ridge": 0.0}
+    more = [gaps("delta-smollm2", (0.6,), here | {"method": "air", "delta": delta}, here | {"method": "svdllm"})
+            for delta in (2.0, 0.5)]
     ours, muon = ([gaps(f"fig3-{model}", (0.6, 0.4), {"delta": delta}, {"delta": 0.0}) for delta in (2.0, 0.5)]
                   for model in ("demo", "demo-muon"))
     longer = [gaps("training-demo-32M", (0.6, 0.4), {"variant": f"AIR, δ = {delta}"}, base) for delta in ("2", "0.5")]
     told = re.findall(r"[−+]\d+\.\d ± \d+\.\d(?:, [−+]\d+\.\d ± \d+\.\d)*", said)
-    assert told == [*real, *ours, *muon, *longer]
+    assert told == [*real, *more, *ours, *muon, *longer]
 
 
 def test_the_number_of_claims_that_hold_is_the_committed_json():
