@@ -642,7 +642,7 @@ class Writer:
         kept = manifest.exists() and read_json(manifest).get("facts", {}).get("kept")
         if kept and not self.keep:
             raise InputError(f"{self.partial} holds finished parts of a run: of air.py, then "
-                             "add its --stats or --anchor to go on, or of enhance/, then run "
+                             "add --stats to go on (or its --anchor), or of enhance/, then run "
                              "that again; or delete it")
 
     def add(self, part, tensors, note=None):
